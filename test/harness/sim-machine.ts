@@ -1,0 +1,170 @@
+/**
+ * A bdev stack on simulated disks, without a guest: disks that outlive processes, and processes that use them and end, orderly or
+ * at any request.
+ */
+import { check, checkObject, native } from '../../native/index.js';
+import type { BdevConfig, BdevModule } from '../../src/bdev/bdev.js';
+import { modules } from '../../src/bdev/modules.js';
+import { BdevRegistry } from '../../src/bdev/registry.js';
+import type { UringConfig } from '../../src/bdev/uring/uring.js';
+import type { SeededRandom } from '../../src/poller/clock.js';
+import { randomFor } from '../sim/plan.js';
+import type { SimDisk } from '../sim/sim-disk.js';
+import { SimArena, SimProcess } from '../sim/sim-process.js';
+import { SimReactor } from '../sim/sim-reactor.js';
+import { SimRing } from '../sim/sim-ring.js';
+import type { Fault, SimRequest } from '../sim/sim-ring.js';
+import { Timeline } from '../sim/timeline.js';
+import { Trace } from '../sim/trace.js';
+import type { OpenDisk } from '../support/rig.js';
+import { limitedModule } from '../support/limited.js';
+
+const knownModules = [...modules, limitedModule] as unknown as readonly BdevModule<BdevConfig>[];
+const ARENA_BYTES = 2 ** 34;
+const LATENCY_US = 20;
+const STEP_US = 2;
+const STEPS_MAX = 100_000;
+
+let arena: SimArena | null = null;
+/** Makers of bdevs over the files at some paths, bases first; the last is the one to be used. */
+export type Stack = (paths: readonly string[]) => readonly BdevConfig[];
+
+/** Thrown where a process dies. */
+export class Died extends Error {}
+
+/** The disks of one host. */
+export class SimMachine {
+  readonly disks: readonly SimDisk[];
+  /** Files whose size is all that is used of them. */
+  readonly paths: readonly string[];
+  readonly #fds: readonly number[];
+  readonly #inodes: readonly number[];
+
+  constructor(disks: readonly SimDisk[]) {
+    this.disks = disks;
+    this.#fds = disks.map(({ sizeBytes }) => check(native.memfdCreate('sim-disk', sizeBytes), 'make a file'));
+    this.paths = this.#fds.map((fd) => `/proc/self/fd/${fd}`);
+    this.#inodes = this.#fds.map((fd) => checkObject(native.fileStat(fd), 'stat a file').inode);
+  }
+
+  diskOf(inode: number): SimDisk {
+    return this.disks[this.#inodes.indexOf(inode)]!;
+  }
+
+  close(): void {
+    for (const fd of this.#fds) native.fileClose(fd);
+  }
+}
+
+export interface LifeOptions {
+  readonly seed: number;
+  readonly fault?: (request: SimRequest) => Fault | null;
+  /** Dies before this submission or completion, counted from 1. */
+  readonly diesAt?: number;
+}
+
+/** One process's life with a stack on a machine. */
+export class SimLife {
+  readonly arena: SimArena;
+  readonly ring: SimRing;
+  readonly reactor: SimReactor;
+  readonly open: OpenDisk;
+  /** Submissions and completions so far. */
+  events = 0;
+  readonly #process = new SimProcess();
+  readonly #registry: BdevRegistry;
+  readonly #timeline = new Timeline();
+
+  /** Opens the stack, which may take requests. Throws Died. */
+  constructor(machine: SimMachine, stack: Stack, options: LifeOptions) {
+    arena ??= new SimArena(ARENA_BYTES);
+    this.arena = arena;
+    const stepUs = randomFor(options.seed, 'steps');
+    this.ring = new SimRing({
+      arena,
+      timeline: this.#timeline,
+      trace: new Trace(),
+      random: randomFor(options.seed, 'disk'),
+      diskOf: (inode) => machine.diskOf(inode),
+      latencyUs: latencyOf(randomFor(options.seed, 'latency')),
+      fault: options.fault ?? (() => null),
+      pass: (untilUs, enough) => this.#process.outside(() => this.#timeline.passUntil(untilUs, enough)),
+      stepUs: () => stepUs.next() * STEP_US,
+      beforeIo: () => {
+        if (++this.events === options.diesAt) throw new Died();
+      },
+      entries: 64,
+    });
+    this.reactor = new SimReactor({
+      name: 'harness',
+      arena,
+      ring: this.ring,
+      clock: this.#timeline,
+      random: randomFor(options.seed, 'reactor'),
+      mode: 'busy',
+      pollUs: 0,
+    });
+    this.#registry = new BdevRegistry(this.reactor, knownModules);
+    try {
+      this.open = this.#process.run(() => {
+        const configs = stack(machine.paths);
+        for (const config of configs) this.#registry.create(config);
+        return this.#registry.open(configs.at(-1)!.name, 'harness', 'name');
+      });
+    } catch (error) {
+      this.kill();
+      throw error;
+    }
+  }
+
+  /** Steps until `reached`. Throws Died, or when it takes too long. */
+  until(reached: () => boolean, what: string): void {
+    for (let steps = 0; !reached(); steps++) {
+      if (steps === STEPS_MAX) throw new Error(`${what}: not reached in ${steps} steps`);
+      this.#process.run(() => this.reactor.step());
+    }
+  }
+
+  /** The orderly end. Throws when anything is left. */
+  close(): void {
+    const { inflight } = this.open.stats;
+    this.#process.run(() => {
+      this.open.close();
+      this.#registry.destroyAll();
+    });
+    const { timersDue } = this.reactor;
+    const left = [inflight, this.ring.inflight, timersDue, this.#process.openDescriptors, this.arena.heldBytes];
+    this.kill();
+    if (left.some((count) => count > 0)) {
+      throw new Error(`left over: ${left.join(', ')} (requests, on the ring, timers, descriptors, bytes of memory)`);
+    }
+  }
+
+  /** The end of the process, wherever it is. @param part of a change that was with the kernel, the sectors that still happen */
+  kill(part?: (sectors: number) => number): void {
+    this.ring.abandon(part);
+    this.#process.reclaim();
+    this.arena.reclaim();
+  }
+}
+
+function latencyOf(random: SeededRandom): () => number {
+  return () => 1 + random.next() * LATENCY_US;
+}
+
+/** A uring leaf on a simulated disk. */
+export function simDisk(name: string, path: string, options: Partial<UringConfig> = {}): UringConfig {
+  return {
+    name,
+    module: 'uring',
+    path,
+    readOnly: false,
+    create: null,
+    blockSizeBytes: 512,
+    direct: false,
+    iopoll: false,
+    fixedBuffers: false,
+    lock: false,
+    ...options,
+  };
+}

@@ -1,0 +1,54 @@
+/**
+ * Goal: whatever the disk, the guest and the power do, the daemon keeps its promises: nothing that was answered is lost, nothing
+ * is read that nobody wrote, every request is answered once.
+ *
+ * Method: the simulator on the seeds that once failed and on some others, spread; `npm run sim -- --seeds 10000` runs the rest.
+ */
+import { execFileSync } from 'node:child_process';
+import { describe, expect, it } from 'vitest';
+import { makePlan } from './plan.js';
+import { keptSeeds } from './seeds.js';
+import { simulate } from './simulation.js';
+import { emptyTally } from './tally.js';
+
+const SEEDS = 150;
+/** Distance of the seeds: other ones than the long form begins with. */
+const STRIDE = 7919;
+const TIMEOUT_MS = 240_000;
+
+describe('The simulator', () => {
+  it('finds no broken promise', { timeout: TIMEOUT_MS }, () => {
+    const total = emptyTally();
+    for (const seed of [...keptSeeds(), ...Array.from({ length: SEEDS }, (_, i) => i * STRIDE)]) {
+      const { failure, tally } = simulate(makePlan(seed));
+      expect(failure, `seed ${seed}: look with npm run sim -- --seed ${seed}`).toBeNull();
+      for (const key of Object.keys(total) as (keyof typeof total)[]) total[key] += tally[key];
+    }
+    // A simulator in which nothing happens finds nothing.
+    for (const [what, count] of Object.entries(total)) expect(count, what).toBeGreaterThan(10);
+  });
+
+  // A raw disk cannot notice: that the oracle does shows what it would see of a module that promised to.
+  it.each(['flip', 'lose', 'misdirect'] as const)('sees a device that does this to data: %s', (fault) => {
+    const seen = Array.from({ length: 20 }, (_, seed) => {
+      const plan = makePlan(seed);
+      const faults = Array.from({ length: 10 }, (_, i) => ({ kind: 'fault', fault, afterIos: 1 + i * 3 }) as const);
+      const actions = faults.map((one) => ({ ...one, pauseUs: 0, seed: 0 }));
+      return simulate({ ...plan, setup: { ...plan.setup, leaf: 'uring' }, actions: [...actions, ...plan.actions] });
+    });
+    expect(seen.filter(({ failure }) => failure !== null).length).toBeGreaterThan(10);
+    expect(seen.some(({ failure }) => /holds/.test(failure?.message ?? ''))).toBe(true);
+  });
+
+  it('does exactly the same again, in this process and in others', { timeout: TIMEOUT_MS }, () => {
+    const seeds = [3, 14, 15, 92];
+    const here = seeds.map((seed) => simulate(makePlan(seed)).hash);
+    expect(new Set(here).size).toBe(seeds.length);
+    expect(seeds.map((seed) => simulate(makePlan(seed)).hash)).toEqual(here);
+    const elsewhere = seeds.map((seed) => {
+      const args = ['--import', 'tsx', 'test/sim/run.ts', '--seed', String(seed), '-o', 'json'];
+      return (JSON.parse(execFileSync(process.execPath, args, { encoding: 'utf8' })) as { hash: string }).hash;
+    });
+    expect(elsewhere).toEqual(here);
+  });
+});

@@ -1,0 +1,121 @@
+/**
+ * A real reactor on a real io_uring, driven by hand: what bdev tests run on. Time is simulated, so that timers cost none; only
+ * the kernel's completions are waited for.
+ */
+import { Arena } from '../../native/index.js';
+import type { BdevConfig, BdevModule, OpenBdev } from '../../src/bdev/bdev.js';
+import { delayModule } from '../../src/bdev/delay/delay.js';
+import { errorModule } from '../../src/bdev/error/error.js';
+import type { IoStats } from '../../src/bdev/io-stats.js';
+import { mallocModule } from '../../src/bdev/malloc/malloc.js';
+import { nullModule } from '../../src/bdev/null/null.js';
+import { passthruModule } from '../../src/bdev/passthru/passthru.js';
+import { qosModule } from '../../src/bdev/qos/qos.js';
+import { BdevRegistry } from '../../src/bdev/registry.js';
+import { uringModule } from '../../src/bdev/uring/uring.js';
+import type { Ring } from '../../src/poller/ring.js';
+import { Reactor } from '../../src/poller/reactor.js';
+import { Uring } from '../../src/poller/uring.js';
+import { limitedModule } from './limited.js';
+import { reluctantModule } from './reluctant.js';
+import { seededRandom } from './seed.js';
+import { SimClock } from './sim-clock.js';
+
+const modules = [
+  nullModule,
+  mallocModule,
+  uringModule,
+  passthruModule,
+  delayModule,
+  errorModule,
+  qosModule,
+  limitedModule,
+  reluctantModule,
+] as unknown as readonly BdevModule<BdevConfig>[];
+
+const ARENA_BYTES = 2 ** 35;
+/** Simulated time that passes in each step, and in each one that found nothing to do. */
+const STEP_US = 1;
+const IDLE_STEP_US = 25;
+/** Real time that a step without work waits for the kernel. */
+const KERNEL_WAIT_US = 2_000;
+/** Steps until what is waited for must have happened. */
+const STEPS_MAX = 2_000_000;
+/** Of these, steps that waited for the kernel in vain. */
+const KERNEL_WAITS_MAX = 5_000;
+
+let arena: Arena | null = null;
+let ring: Ring | null = null;
+
+/** One arena and one ring per test file: they outlive every rig. */
+export const sharedArena = (): Arena => (arena ??= new Arena(ARENA_BYTES));
+const sharedRing = (): Ring => (ring ??= new Uring(sharedArena()));
+
+export type OpenDisk = OpenBdev & { readonly stats: IoStats };
+
+export class Rig {
+  readonly clock = new SimClock();
+  readonly arena: Arena;
+  readonly ring: Ring;
+  readonly reactor: Reactor;
+  readonly registry: BdevRegistry;
+  /** Steps taken so far. */
+  steps = 0;
+  readonly #usedBytesBefore: number;
+
+  /** @param ring one over the shared arena; the shared one when left out */
+  constructor(name: string, ring: Ring = sharedRing()) {
+    const { arena } = ring;
+    this.arena = arena;
+    this.ring = ring;
+    this.#usedBytesBefore = arena.usedBytes;
+    const random = seededRandom(0);
+    this.reactor = new Reactor({ name, arena, ring, clock: this.clock, random, mode: 'busy', pollUs: 0 });
+    this.registry = new BdevRegistry(this.reactor, modules);
+  }
+
+  /** Creates bdevs, bases first, and opens the last one. */
+  open(configs: readonly BdevConfig[]): OpenDisk {
+    for (const config of configs) this.registry.create(config);
+    return this.registry.open(configs.at(-1)!.name, 'test', 'name');
+  }
+
+  /** Steps once; simulated time goes on. */
+  step(): boolean {
+    this.steps++;
+    const busy = this.reactor.step();
+    this.clock.advance(busy ? STEP_US : IDLE_STEP_US);
+    return busy;
+  }
+
+  /** Steps until `reached`; throws when it takes too long. */
+  until(reached: () => boolean, what: string): void {
+    let kernelWaits = 0;
+    for (let steps = 0; !reached(); steps++) {
+      if (steps === STEPS_MAX || kernelWaits === KERNEL_WAITS_MAX) {
+        throw new Error(`${what}: not reached in ${steps} steps, ${this.ring.inflight} requests with the kernel`);
+      }
+      if (this.step() || this.ring.inflight === 0) continue;
+      this.ring.wait(KERNEL_WAIT_US);
+      kernelWaits++;
+    }
+  }
+
+  /** Lets `us` of simulated time pass, in steps of at most 100 us. */
+  pass(us: number): void {
+    const end = this.clock.nowUs() + us;
+    while (this.clock.nowUs() < end) {
+      this.clock.advance(Math.min(100, end - this.clock.nowUs()));
+      this.steps++;
+      this.reactor.step();
+    }
+  }
+
+  /** Ends all bdevs; throws when they left memory in use or requests with the kernel. */
+  close(): void {
+    this.registry.destroyAll();
+    if (this.ring.inflight > 0) throw new Error(`rig: ${this.ring.inflight} requests are still with the kernel`);
+    const leaked = this.arena.usedBytes - this.#usedBytesBefore;
+    if (leaked !== 0) throw new Error(`rig: ${leaked} bytes of the arena are still in use`);
+  }
+}
