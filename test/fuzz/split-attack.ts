@@ -123,8 +123,10 @@ export class SplitAttack implements ChainPlace {
   #tableAt = TABLES_AT;
   #headerAt = HEADERS_AT;
   #lawfulAt = 0;
-  /** Descriptors of this burst lead anywhere: only guards can be checked. */
+  /** Descriptors of this burst lead anywhere, rings and tables included. */
   #isWild = false;
+  /** Nothing makes the device write to rings, tables or results of others: all of it can be checked, not the guards alone. */
+  #isKnown = false;
 
   constructor(
     session: AttackSession,
@@ -168,6 +170,7 @@ export class SplitAttack implements ChainPlace {
     const mode = random.below(10);
     const isRace = mode === 0;
     this.#isWild = mode === 1;
+    this.#isKnown = mode > 1;
     this.#fill();
     const memory = this.#memory;
     memory.snapshot();
@@ -178,9 +181,8 @@ export class SplitAttack implements ChainPlace {
     if (isRace) for (let i = 0; i < 200; i++) this.#meddle();
     const bases = this.#session.stop(this.#queues.map(({ index }) => index));
     if (bases === undefined) return this.#endedEarly();
-    const isKnown = !isRace && !this.#isWild;
-    this.#queues.forEach((queue, i) => this.#look(queue, bases[i]!, isKnown));
-    memory.verify(!isKnown);
+    this.#queues.forEach((queue, i) => this.#look(queue, bases[i]!));
+    memory.verify(!this.#isKnown);
     this.#counters.bursts++;
     return true;
   }
@@ -466,7 +468,7 @@ export class SplitAttack implements ChainPlace {
         chain.writableBytes = NaN;
         return null;
       case 'tableOutside':
-        chain.add(anyU64(random, this.#memory.edges), 16 * (1 + random.below(8)), INDIRECT);
+        chain.add(this.#strayAddress(), 16 * (1 + random.below(8)), INDIRECT);
         chain.writableBytes = NaN;
         return null;
       case 'tableAnywhere':
@@ -491,7 +493,7 @@ export class SplitAttack implements ChainPlace {
       case 'addressBeyond': {
         if (useTable) chain.table();
         chain.readable(header(), 16);
-        const address = anyU64(random, this.#memory.edges);
+        const address = this.#strayAddress();
         const length = pick(random, [1, 512, 4096]);
         chain.add(address, length, pick(random, [0, WRITE]));
         chain.writable(this.#hostilePlace(1), 1);
@@ -542,7 +544,7 @@ export class SplitAttack implements ChainPlace {
         const first = queue.nextDescriptor;
         for (let i = 0; i < count; i++) {
           const isPlace = chance(random, 60);
-          const address = isPlace ? words(this.#hostilePlace(4096)) : anyU64(random, this.#memory.edges);
+          const address = isPlace ? words(this.#hostilePlace(4096)) : this.#strayAddress();
           const length = isPlace ? random.below(4096) : anyU32(random);
           chain.raw(
             address,
@@ -622,6 +624,23 @@ export class SplitAttack implements ChainPlace {
     }
   }
 
+  /**
+   * Anywhere for a descriptor to lead. While results are checked, not to what other chains rely on: the device may rightly write
+   * there, or find a table of somebody's descriptors there and carry them out. No memory lies right before either, so a range
+   * that begins outside does not reach it.
+   */
+  #strayAddress(): Words {
+    const { control, left, edges } = this.#memory;
+    for (;;) {
+      const address = anyU64(this.#random, edges);
+      const at = address[0] + address[1] * 2 ** 32;
+      const isReliedOn =
+        (at >= control.guestAddress && at < control.guestAddress + control.sizeBytes) ||
+        (at >= left.guestAddress && at < left.guestAddress + LAWFUL_BYTES);
+      if (!this.#isKnown || !isReliedOn) return address;
+    }
+  }
+
   #answer(status: number, expected: number, usedBytes: number, more?: () => void): Offer['check'] {
     const { left } = this.#memory;
     const at = status - left.guestAddress;
@@ -678,11 +697,12 @@ export class SplitAttack implements ChainPlace {
     for (const { usedAt, size } of this.#queues) this.#memory.allow(guestAddress + usedAt, 6 + 8 * size);
   }
 
-  #look(queue: QueueState, nextBase: number, isKnown: boolean): void {
+  #look(queue: QueueState, nextBase: number): void {
     const { u16, u32 } = this.#memory;
     const { offers, size } = queue;
     const taken = (nextBase - queue.base) & 0xffff;
     const counters = this.#counters;
+    const isKnown = this.#isKnown;
     if (isKnown && taken > offers.length && offers.at(-1)?.kind !== 'indexJump') {
       throw new Finding('answer', `ring ${queue.index} is at ${nextBase}: ${taken} taken of ${offers.length}`);
     }
