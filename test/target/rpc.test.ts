@@ -75,15 +75,17 @@ describe('frames', () => {
       fc.constantFrom('', ' ', '\n', '\r\n\t'),
       fc.infiniteStream(fc.integer({ min: 1, max: 9 })),
       (values, between, cuts) => {
-        const bytes = Buffer.from(values.map((one) => between + JSON.stringify(one)).join('') + between);
+        // Texts are compared, not values: JSON.parse of Node 24 confuses keys with escapes in them.
+        const texts = values.map((one) => JSON.stringify(one));
+        const bytes = Buffer.from(texts.map((one) => between + one).join('') + between);
         const frames = new JsonFrames(1e6);
-        const found: unknown[] = [];
+        const found: string[] = [];
         for (let at = 0; at < bytes.length;) {
           const length = cuts.next().value as number;
-          found.push(...frames.push(bytes.subarray(at, at + length)).map((frame) => JSON.parse(frame) as unknown));
+          found.push(...frames.push(bytes.subarray(at, at + length)));
           at += length;
         }
-        expect(found).toEqual(values);
+        expect(found).toEqual(texts);
       },
     );
     fc.assert(property, { seed, numRuns: 300 });
