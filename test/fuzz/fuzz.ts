@@ -4,11 +4,13 @@
  *     npm run fuzz -- --cases 10000000 --seed 7
  *
  * Progress goes to stderr, one object of JSON (`-o json`) or a few lines to stdout. Exits with 0 when nothing was found, 1 when
- * something was, 130 when it was interrupted before the end, whatever it had found good until then.
+ * something was, 130 when it was interrupted before the end, whatever it had found good until then. Leaves its totals, attacks that
+ * found nothing and what was found, in .cache/results/fuzz.txt.
  */
 import { tmpdir } from 'node:os';
 import { Command, Option } from 'commander';
 import { numberOption } from '../../src/target/options.js';
+import { leaveTotals } from '../support/totals.js';
 import { Campaign } from './campaign.js';
 import type { AttackKind } from './campaign.js';
 
@@ -83,6 +85,9 @@ async function main(): Promise<void> {
   }
   const isShort = isInterrupted && report.cases < options.cases;
   const result = problem !== undefined ? 'failed' : isShort ? 'interrupted' : 'passed';
+  const finding = `FAILED fuzz: seed ${options.seed}: ${problem?.split('\n')[0]}`;
+  if (problem === undefined) leaveTotals('fuzz', report.attacks, 0);
+  else leaveTotals('fuzz', Math.max(0, report.attacks - 1), 1, [finding]);
   if (options.output === 'json') {
     console.log(JSON.stringify({ result, problem: problem ?? null, seed: options.seed, ...report }));
   } else {

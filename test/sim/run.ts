@@ -11,12 +11,13 @@
  * when something did, 130 when it was interrupted. Leaves its totals in .cache/results/sim.txt.
  */
 import { execFileSync } from 'node:child_process';
-import { createWriteStream, mkdirSync, writeFileSync } from 'node:fs';
+import { createWriteStream } from 'node:fs';
 import { availableParallelism } from 'node:os';
 import { Command, InvalidArgumentError } from 'commander';
 import { numberOption } from '../../src/target/options.js';
 import { CRASH_CASES } from '../harness/cases.js';
 import { crashEnumeration } from '../harness/crash-enumeration.js';
+import { leaveTotals } from '../support/totals.js';
 import { catchAll } from './catch.js';
 import type { Catch } from './catch.js';
 import { MUTATIONS } from './mutations.js';
@@ -31,7 +32,6 @@ import { emptyTally } from './tally.js';
 import type { Tally } from './tally.js';
 import type { SeedResult } from './worker.js';
 
-const RESULTS = '.cache/results';
 const SEED_MAX = 0x7fffffff;
 const INTERRUPTED = 130;
 const PROGRESS_MS = 500;
@@ -176,12 +176,6 @@ async function runMany(options: Options): Promise<number> {
   const remarks = failures.map(({ seed, failure }) => `FAILED sim: seed ${seed}: ${failure.message.split('\n')[0]}`);
   leaveTotals('sim', done - failures.length, failures.length, remarks);
   return failures.length > 0 ? 1 : interrupted ? INTERRUPTED : 0;
-}
-
-/** For .ci/run, as scripts/stages.mjs leaves them. */
-function leaveTotals(suite: string, passed: number, failed: number, remarks: readonly string[]): void {
-  mkdirSync(RESULTS, { recursive: true });
-  writeFileSync(`${RESULTS}/${suite}.txt`, [`${passed} ${failed}`, ...remarks, ''].join('\n'));
 }
 
 /** Returns the exit code. */
