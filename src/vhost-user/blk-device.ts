@@ -73,6 +73,11 @@ export class BlkDevice {
     return this.#writeback;
   }
 
+  set writeback(on: boolean) {
+    this.#writeback = on;
+    this.#settleDurability();
+  }
+
   /** Lets go of the bdev, which stays open. */
   close(): void {
     this.#endWatch();
@@ -100,8 +105,7 @@ export class BlkDevice {
   /** A write to the configuration space. Returns whether the field may be written. */
   writeConfig(offset: number, bytes: Uint8Array): boolean {
     if (offset !== CONFIG_WRITEBACK_AT || bytes.length !== 1 || bytes[0]! > 1) return false;
-    this.#writeback = bytes[0] === 1;
-    this.#settleDurability();
+    this.writeback = bytes[0] === 1;
     return true;
   }
 

@@ -11,7 +11,6 @@
 import { readSync, writeSync } from 'node:fs';
 import { native } from '../../native/index.js';
 import type { BlkDevice } from './blk-device.js';
-import { CONFIG_WRITEBACK_AT } from './virtio-blk.js';
 
 const MAGIC = 0x53445453;
 const VERSION = 1;
@@ -73,7 +72,9 @@ export class DeviceStateTransfer {
     }
     const writeback = bytes.readUInt32LE(8);
     if (received !== STATE_BYTES || bytes.readUInt32LE(0) !== MAGIC || bytes.readUInt32LE(4) !== VERSION) return false;
-    return writeback <= 1 && this.#device.writeConfig(CONFIG_WRITEBACK_AT, Uint8Array.of(writeback));
+    if (writeback > 1) return false;
+    this.#device.writeback = writeback === 1;
+    return true;
   }
 }
 

@@ -2,12 +2,16 @@
  * Shared memory in which the requests in flight of a disk's rings are written down (vhost-user.rst, "Inflight I/O tracking"). The
  * front-end keeps it while this process is gone, and hands it to the next one, which goes on from there.
  *
- *     queue 0 | queue 1 | ...        each {header, one entry per descriptor}, aligned to 64 bytes
+ *     queue 0 | queue 1 | ... | tail        each queue {header, one entry per descriptor}, aligned to 64 bytes
  *     header: u64 features, u16 version, u16 desc_num, then by kind of ring: see split-inflight.ts and packed-inflight.ts
+ *     tail, 64 bytes: u32 magic "STCM", u32 cache mode: 0 not known, 1 write-through, 2 write-back; zeroes
  *
  * The layout outlives the process, so it is a format: other back-ends have the same one, and it does not change. A queue's version is
  * 0 while nothing of it is worth keeping, 1 when it holds what is described here. Other versions, and features, are refused.
+ * The tail is Strata's own: a guest relies on the cache mode that it chose, and no front-end says it to the next process. A region
+ * without the tail, as others make it, is as good but for that.
  */
+import { writeSync } from 'node:fs';
 import { check, native } from '../../native/index.js';
 import type { Arena } from '../../native/index.js';
 import { ProtocolError, QUEUE_SIZE_MAX, readU64 } from './protocol.js';
@@ -23,6 +27,9 @@ export const INFLIGHT_MISFIT = 'the in-flight region does not fit the ring';
 export const InflightAt = { features: 0, version: 8, descNum: 10 } as const;
 
 const QUEUE_ALIGNMENT = 64;
+const TAIL_BYTES = 64;
+const TAIL_MAGIC = 0x4d435453;
+const CacheMode = { unknown: 0, writeThrough: 1, writeBack: 2 } as const;
 const HEADER_BYTES: Readonly<Record<RingKind, number>> = { split: 16, packed: 32 };
 const ENTRY_BYTES: Readonly<Record<RingKind, number>> = { split: 16, packed: 32 };
 /** More than all queues of a disk can need. */
@@ -73,9 +80,11 @@ export function createInflightRegion(
   queuesMax: number,
 ): { readonly fd: number; readonly sizeBytes: number } {
   checkCounts(description, queuesMax);
-  const sizeBytes = description.queues * queueBytes(kind, description.queueSize);
+  const tailAt = description.queues * queueBytes(kind, description.queueSize);
+  const sizeBytes = tailAt + TAIL_BYTES;
   const fd = check(native.memfdCreate('strata-inflight', sizeBytes), 'make an in-flight region');
   check(native.memfdAddSeals(fd, SEALS), 'seal the in-flight region');
+  writeSync(fd, Uint32Array.of(TAIL_MAGIC), 0, 4, tailAt);
   return { fd, sizeBytes };
 }
 
@@ -88,6 +97,8 @@ export class InflightRegion {
   readonly #arena: Arena;
   readonly #mapping: SharedMapping;
   readonly #sizeBytes: number;
+  /** The cache mode; null where there is no tail. */
+  readonly #cacheMode: Uint32Array | null;
 
   /** Maps what SET_INFLIGHT_FD brought; the descriptor stays the caller's. Throws ProtocolError, SystemError. */
   constructor(arena: Arena, fd: number, description: InflightDescription, kind: RingKind, queuesMax: number) {
@@ -106,6 +117,9 @@ export class InflightRegion {
     this.#arena = arena;
     this.#sizeBytes = mmapSize;
     this.#mapping = mapSharedFile(arena, fd, mmapOffset, mmapSize, 'an in-flight region');
+    const tailAt = this.#mapping.arenaOffset + neededBytes;
+    const hasTail = mmapSize >= neededBytes + TAIL_BYTES && arena.view32(tailAt, 1)[0] === TAIL_MAGIC;
+    this.#cacheMode = hasTail ? arena.view32(tailAt + 4, 1) : null;
     try {
       for (let queue = 0; queue < queues; queue++) this.#checkHeader(queue);
     } catch (error) {
@@ -123,6 +137,16 @@ export class InflightRegion {
   holds(arenaOffset: number): boolean {
     const start = this.#mapping.arenaOffset;
     return arenaOffset >= start && arenaOffset < start + this.#sizeBytes;
+  }
+
+  /** Whether the guest relies on a write-back cache; null when that is not written down. */
+  get writeback(): boolean | null {
+    const mode = this.#cacheMode?.[0] ?? CacheMode.unknown;
+    return mode === CacheMode.unknown ? null : mode === CacheMode.writeBack;
+  }
+
+  keepWriteback(on: boolean): void {
+    if (this.#cacheMode !== null) this.#cacheMode[0] = on ? CacheMode.writeBack : CacheMode.writeThrough;
   }
 
   /** The queue has nothing in flight, and where its ring goes on is known elsewhere: its next start is a first one. */

@@ -359,6 +359,7 @@ export class Session {
       case Message.checkDeviceState:
         this.#require(ProtocolFeature.deviceState, message);
         this.#stream.replyU64(message.id, this.#stateTransfer.check() ? 0 : 1, 0);
+        this.#inflightRegion?.keepWriteback(this.#device.writeback);
         break;
       case Message.setLogFd:
         this.#setLogFd();
@@ -569,6 +570,7 @@ export class Session {
     if (words[2] !== CONFIG_FLAG_WRITABLE || !this.#device.writeConfig(words[0]!, bytes)) {
       throw new ProtocolError(`SET_CONFIG: ${size} bytes at ${words[0]} may not be written`);
     }
+    this.#inflightRegion?.keepWriteback(this.#device.writeback);
   }
 
   #setBackendReqFd(message: IncomingMessage): void {
@@ -657,6 +659,9 @@ export class Session {
     );
     this.#inflightRegion?.close();
     this.#inflightRegion = region;
+    // What the guest relies on counts, not how this process was configured.
+    if (region.writeback !== null) this.#device.writeback = region.writeback;
+    else region.keepWriteback(this.#device.writeback);
     for (const vring of this.vrings) vring.inflightRegion = region;
   }
 

@@ -94,6 +94,22 @@ export const MUTATIONS: readonly Mutation[] = [
     file: DEVICE,
     edits: [['this.writeThrough = !this.#writeback || ', 'this.writeThrough = ']],
   },
+  {
+    name: 'the write-through mode ends with the process',
+    short: true,
+    file: SESSION,
+    edits: [['if (region.writeback !== null) this.#device.writeback = region.writeback;\n    else ', '']],
+  },
+  {
+    name: 'the cache mode is written down when the region comes, and not when it changes',
+    file: SESSION,
+    edits: [
+      [
+        'may not be written`);\n    }\n    this.#inflightRegion?.keepWriteback(this.#device.writeback);',
+        'may not be written`);\n    }',
+      ],
+    ],
+  },
   { name: 'a write is answered at submission', short: true, file: URING, edits: answerAtSubmission('write') },
   { name: 'a read is answered before its data is there', file: URING, edits: answerAtSubmission('read') },
   {

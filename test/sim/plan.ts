@@ -15,7 +15,17 @@ export type RequestType = (typeof REQUEST_TYPES)[number];
 /** Ways of a daemon to end. */
 export type End = 'kill' | 'powerCut' | 'stop';
 /** What a front-end does with a session. */
-export type Control = 'reconnect' | 'detach' | 'restartRing' | 'resetRings' | 'memory' | 'plug' | 'call' | 'writeback';
+export const CONTROLS = [
+  'reconnect',
+  'detach',
+  'restartRing',
+  'resetRings',
+  'memory',
+  'plug',
+  'call',
+  'writeback',
+] as const;
+export type Control = (typeof CONTROLS)[number];
 
 export interface RequestAction {
   readonly kind: 'request';
@@ -33,7 +43,7 @@ export type Action = {
 } & (
   | RequestAction
   | { readonly kind: 'fault'; readonly fault: Fault; readonly afterIos: number }
-  /** @property afterEvents submissions, completions and, if watched, stores until then; 0: at once, wherever the daemon is */
+  /** @property afterEvents submissions, completions and, if watched, stores, signals and messages until then; 0: at once, wherever the daemon is */
   | { readonly kind: 'end'; readonly end: End; readonly afterEvents: number }
   | { readonly kind: 'control'; readonly control: Control; readonly queue: number }
 );
@@ -60,7 +70,7 @@ export interface Setup {
   readonly withoutFeatures: readonly number[];
   readonly withoutProtocolFeatures: readonly number[];
   readonly packed: boolean;
-  /** The daemon may die before any store to a ring or to the in-flight region. */
+  /** The daemon may die before any store to a ring or to the in-flight region, any signal and any message. */
   readonly watchesStores: boolean;
   /** The guest begins with the write cache on. */
   readonly writeback: boolean;

@@ -178,7 +178,14 @@ export class SimFrontend {
 
   /** Stops a ring; returns where it is to go on. */
   *stopRing(queue: FrontendQueue): Script<number> {
-    return (yield* this.ask(MessageId.getVringBase, u32(queue.index, 0))).readUInt32LE(4);
+    return baseOf(yield* this.ask(MessageId.getVringBase, u32(queue.index, 0)));
+  }
+
+  /** The answer to GET_VRING_BASE that a daemon which is gone has left in the socket; null: it had not answered. */
+  lastBase(): number | null {
+    this.#pull();
+    const reply = this.#takeReply(MessageId.getVringBase);
+    return reply === null ? null : baseOf(reply);
   }
 
   *setWriteback(on: boolean): Script {
@@ -248,26 +255,37 @@ export class SimFrontend {
 
   *#receive(id: number): Script<Buffer> {
     for (;;) {
-      this.#pull();
-      const lengthBytes =
-        this.#received.length < MESSAGE_HEADER_BYTES ? Infinity : MESSAGE_HEADER_BYTES + this.#received.readUInt32LE(8);
-      if (this.#received.length >= lengthBytes) {
-        const reply = this.#received.subarray(0, lengthBytes);
-        this.#received = Buffer.from(this.#received.subarray(lengthBytes));
-        this.#world.trace('reply', reply.readUInt32LE(0), reply.length);
-        if (reply.readUInt32LE(0) !== id) throw new Violation(`message ${id} was answered by ${reply.readUInt32LE(0)}`);
-        return reply.subarray(MESSAGE_HEADER_BYTES);
-      }
+      if (!this.#pull()) throw new Violation('the daemon ended the session');
+      const reply = this.#takeReply(id);
+      if (reply !== null) return reply;
       yield;
     }
   }
 
-  #pull(): void {
+  /** The payload of the answer to a message, when all of it is there. */
+  #takeReply(id: number): Buffer | null {
+    const lengthBytes =
+      this.#received.length < MESSAGE_HEADER_BYTES ? Infinity : MESSAGE_HEADER_BYTES + this.#received.readUInt32LE(8);
+    if (this.#received.length < lengthBytes) return null;
+    const reply = this.#received.subarray(0, lengthBytes);
+    this.#received = Buffer.from(this.#received.subarray(lengthBytes));
+    this.#world.trace('reply', reply.readUInt32LE(0), reply.length);
+    if (reply.readUInt32LE(0) !== id) throw new Violation(`message ${id} was answered by ${reply.readUInt32LE(0)}`);
+    return reply.subarray(MESSAGE_HEADER_BYTES);
+  }
+
+  /** Receives what is there. Returns false when the connection has ended. */
+  #pull(): boolean {
     const address = this.#arena.baseAddress + this.#buffer;
     const count = native.socketReceive(this.#fd, address, BUFFER_BYTES, this.#fds, this.#counts);
-    if (count === -EAGAIN) return;
-    if (count <= 0) throw new Violation('the daemon ended the session');
+    if (count === -EAGAIN) return true;
+    if (count <= 0) return false;
     this.#receivedFds.push(...this.#fds.subarray(0, this.#counts[0]));
     this.#received = Buffer.concat([this.#received, this.#arena.view8(this.#buffer, count)]);
+    return true;
   }
+}
+
+function baseOf(payload: Buffer): number {
+  return payload.readUInt32LE(4);
 }

@@ -243,6 +243,7 @@ export class SimGuest {
   /** Starts a queue anew; what was in flight on it is forgotten. */
   reset(queue: GuestQueue): void {
     queue.isMasked = false;
+    queue.isBeingStopped = false;
     queue.ring.reset();
     queue.ring.wantCalls(this.#setup.isCalled);
     for (const slot of queue.slots) slot.action = null;

@@ -133,8 +133,9 @@ export class SimProcess {
   onClose: (fd: number) => void = () => undefined;
   onAccept: (fd: number, wire: Wire) => void = () => undefined;
   onReceive: (fd: number, origin: number) => void = () => undefined;
-  /** Called as the daemon signals an eventfd. */
+  /** Called before the daemon signals an eventfd, and before it sends a message. May throw to end the daemon. */
   onSignal: () => void = () => undefined;
+  onSend: () => void = () => undefined;
 
   get openDescriptors(): number {
     return this.#open.size;
@@ -239,6 +240,10 @@ native.memfdCreate = (name, sizeBytes) => watched(real.memfdCreate(name, sizeByt
 native.eventfdSignal = (fd) => {
   current?.onSignal();
   return real.eventfdSignal(fd);
+};
+native.socketSend = (socket, address, length, fds) => {
+  current?.onSend();
+  return real.socketSend(socket, address, length, fds);
 };
 native.fileClose = (fd) => {
   current?.closed(fd);

@@ -6,7 +6,7 @@
  */
 import { execFileSync } from 'node:child_process';
 import { describe, expect, it } from 'vitest';
-import { makePlan } from './plan.js';
+import { CONTROLS, makePlan } from './plan.js';
 import { keptSeeds } from './seeds.js';
 import { simulate } from './simulation.js';
 import { emptyTally } from './tally.js';
@@ -14,10 +14,14 @@ import { emptyTally } from './tally.js';
 const SEEDS = 150;
 /** Distance of the seeds: other ones than the long form begins with. */
 const STRIDE = 7919;
-const TIMEOUT_MS = 240_000;
+const WITHIN = { timeout: 240_000 };
+/** Deaths that are tried in a conversation and the requests around it. */
+const EVENTS_MAX = 100;
+/** Longer than any conversation takes, the first one included. */
+const CONVERSATION_US = 5_000;
 
 describe('The simulator', () => {
-  it('finds no broken promise', { timeout: TIMEOUT_MS }, () => {
+  it('finds no broken promise', WITHIN, () => {
     const total = emptyTally();
     for (const seed of [...keptSeeds(), ...Array.from({ length: SEEDS }, (_, i) => i * STRIDE)]) {
       const { failure, tally } = simulate(makePlan(seed));
@@ -26,6 +30,27 @@ describe('The simulator', () => {
     }
     // A simulator in which nothing happens finds nothing.
     for (const [what, count] of Object.entries(total)) expect(count, what).toBeGreaterThan(10);
+  });
+
+  it.each(['split', 'packed'])('finds none when the daemon dies anywhere in a conversation: %s', WITHIN, (kind) => {
+    const { seed, setup } = makePlan(0);
+    const plain = { leaf: 'uring', queues: 2, packed: kind === 'packed', watchesStores: true } as const;
+    const complete = { ...setup, ...plain, withoutFeatures: [], withoutProtocolFeatures: [] };
+    const write = { pauseUs: 0, seed: 0, kind: 'request', type: 'write', queue: 0, sector: 8, sectors: 8 } as const;
+    const late = { seed: 0, pauseUs: CONVERSATION_US };
+    for (const control of CONTROLS) {
+      const talk = { pauseUs: 0, seed: 0, kind: 'control', control, queue: 0 } as const;
+      let kills = 0;
+      do {
+        const end = { ...late, kind: 'end', end: 'kill', afterEvents: kills + 1 } as const;
+        const actions = [write, { ...write, ...late }, end, write, talk, { ...write, ...late }, write];
+        const { failure, tally } = simulate({ seed, setup: complete, actions });
+        expect(failure, `${control}, after ${kills} events`).toBeNull();
+        if (tally.kills === 0) break;
+        kills++;
+      } while (kills < EVENTS_MAX);
+      expect(kills, control).toBeGreaterThan(10);
+    }
   });
 
   // A raw disk cannot notice: that the oracle does shows what it would see of a module that promised to.
@@ -40,7 +65,7 @@ describe('The simulator', () => {
     expect(seen.some(({ failure }) => /holds/.test(failure?.message ?? ''))).toBe(true);
   });
 
-  it('does exactly the same again, in this process and in others', { timeout: TIMEOUT_MS }, () => {
+  it('does exactly the same again, in this process and in others', WITHIN, () => {
     const seeds = [3, 14, 15, 92];
     const here = seeds.map((seed) => simulate(makePlan(seed)).hash);
     expect(new Set(here).size).toBe(seeds.length);

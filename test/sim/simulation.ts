@@ -117,6 +117,8 @@ class Simulation {
   readonly #kicked = new Set<number>();
   /** The write cache as the guest wants it. */
   #writeback: boolean;
+  /** The same as the daemon has it: null while it is being told. A new daemon has one, unless the in-flight region says otherwise. */
+  #daemonWriteback: boolean | null = true;
 
   constructor(plan: Plan, host: Host) {
     const { seed, setup } = plan;
@@ -143,7 +145,11 @@ class Simulation {
     this.#process.onClose = (fd) => this.#daemon?.ring.forget(fd);
     this.#process.onAccept = (fd, wire) => this.#daemon?.ring.raise(fd, wire.isClosed ? HANG_UP : POLLIN);
     this.#process.onSignal = () => {
+      if (setup.watchesStores) this.#beforeEvent();
       this.#guest.mayBeCalled = true;
+    };
+    this.#process.onSend = () => {
+      if (setup.watchesStores) this.#beforeEvent();
     };
     this.#process.onReceive = (fd, origin) => {
       if (this.#kicked.has(origin)) this.#daemon?.ring.raise(fd, POLLIN);
@@ -273,12 +279,12 @@ class Simulation {
       this.#host.daemonArena.reclaim();
     }
     this.#script = null;
+    if (end !== 'powerCut') this.#hearLastBase();
     this.#frontend.hangUp();
     for (const queue of this.#guest.queues) this.#guest.started(queue, false);
     switch (end) {
       case 'stop':
         this.tally.stops++;
-        this.#guest.endWriteThrough();
         for (const queue of this.#guest.queues) this.#guest.take(queue);
         if (!this.#canGoOn) this.#resetRings();
         break;
@@ -286,7 +292,6 @@ class Simulation {
         this.tally.kills++;
         // What was published before is answered.
         for (const queue of this.#guest.queues) this.#guest.take(queue);
-        this.#guest.endWriteThrough();
         // Else the next daemon carries out what was in flight.
         if (!this.#frontend.keepsInflight) this.#resetRings();
         break;
@@ -295,12 +300,14 @@ class Simulation {
         this.trace.add(this.#timeline.nowUs(), 'powerCut', this.#disk.dirtyWrites.length);
         this.#disk.powerCut(this.#random.power);
         this.#oracle.powerCut();
-        this.#guest.endWriteThrough();
         this.#frontend.dropInflight();
         this.#resetRings();
         break;
     }
-    if (this.#guest.queues.some((queue) => queue.isBeingStopped)) this.#afterLostBase();
+    if (!this.#frontend.keepsInflight) {
+      this.#guest.endWriteThrough();
+      this.#daemonWriteback = true;
+    }
     this.#script = this.#connect();
     this.#scriptSinceUs = this.#timeline.nowUs();
     this.#timeline.passUntil(this.#timeline.nowUs() + this.#random.guest.next() * RESTART_US);
@@ -311,15 +318,13 @@ class Simulation {
     return this.#frontend.keepsInflight || !this.#plan.setup.packed;
   }
 
-  /**
-   * The answer to GET_VRING_BASE was lost, which alone may have told where a packed ring goes on: the guest starts its device anew.
-   * See docs/consistency.md, "What is not promised".
-   */
-  #afterLostBase(): void {
-    for (const queue of this.#guest.queues) queue.isBeingStopped = false;
-    if (!this.#plan.setup.packed) return;
-    this.#frontend.dropInflight();
-    this.#resetRings();
+  /** A socket keeps what was said into it: the answer to GET_VRING_BASE, which alone may tell where a packed ring goes on. */
+  #hearLastBase(): void {
+    const queue = this.#guest.queues.find(({ isBeingStopped }) => isBeingStopped);
+    if (queue === undefined) return;
+    queue.isBeingStopped = false;
+    const base = this.#frontend.lastBase();
+    if (base !== null) this.#checkDrained(queue, base);
   }
 
   /** What is on the rings is forgotten. */
@@ -481,8 +486,10 @@ class Simulation {
   *#settleWriteback(): Script {
     const frontend = this.#frontend;
     const canChoose = frontend.has(Feature.configWce) && frontend.hasProtocol(ProtocolFeature.config);
-    if (!this.#writeback && canChoose) {
-      yield* frontend.setWriteback(false);
+    if (canChoose && this.#daemonWriteback !== this.#writeback) {
+      this.#daemonWriteback = null;
+      yield* frontend.setWriteback(this.#writeback);
+      this.#daemonWriteback = this.#writeback;
     }
     this.#guest.writesThrough =
       (!this.#writeback && canChoose) || (!frontend.has(Feature.flush) && !frontend.has(Feature.configWce));
@@ -549,9 +556,7 @@ class Simulation {
         break;
       case 'writeback':
         this.#writeback = !this.#writeback;
-        if (!frontend.has(Feature.configWce) || !frontend.hasProtocol(ProtocolFeature.config)) break;
         if (this.#writeback) this.#guest.endWriteThrough();
-        yield* frontend.setWriteback(this.#writeback);
         yield* this.#settleWriteback();
         break;
     }

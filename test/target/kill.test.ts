@@ -11,7 +11,7 @@ import { describe, expect, it } from 'vitest';
 import { Frontend } from '../frontend/frontend.js';
 import type { FrontendOptions } from '../frontend/frontend.js';
 import type { DriverQueue, Request } from '../frontend/driver-queue.js';
-import { RequestType, Status } from '../frontend/protocol.js';
+import { ConfigAt, RequestType, Status } from '../frontend/protocol.js';
 import { seededRandom } from '../support/seed.js';
 import { Program, STRATA, newFolder, writeConfig } from './programs.js';
 
@@ -121,6 +121,36 @@ const kinds: readonly { readonly kind: string; readonly options: FrontendOptions
   { kind: 'split', options: {} },
   { kind: 'packed', options: { packed: true } },
 ];
+
+/** With the cache mode that a guest chose. */
+async function killedWith(writeback: number, writeCache: boolean): Promise<number> {
+  const folder = newFolder();
+  const disk = `{name: vm, bdev: d, socket: vm.sock, write_cache: ${writeCache}}`;
+  const config = writeConfig(
+    folder,
+    `bdevs: [{name: d, module: malloc, size: 1MiB}]\ncontrollers: [${disk}]\nmetrics: {listen: off}\n`,
+  );
+  const start = (): Promise<Program> => Program.serving(STRATA, ['serve', '--config', config], folder);
+  let program = await start();
+  const frontend = await Frontend.connect(join(folder, 'vm.sock'), { timeoutMs: WAIT_MS });
+  await frontend.setConfig(ConfigAt.writeback, Buffer.of(writeback));
+  await program.kill();
+  program = await start();
+  await frontend.reconnect();
+  const kept = (await frontend.blkConfig()).writeback;
+  frontend.close();
+  await program.stop();
+  return kept;
+}
+
+describe('a daemon that is killed and started again', () => {
+  it.each([
+    [0, true],
+    [1, false],
+  ])('goes on with the cache mode that the guest chose: writeback %i', async (writeback, writeCache) => {
+    expect(await killedWith(writeback, writeCache)).toBe(writeback);
+  });
+});
 
 describe.each(kinds)(
   'a daemon with $kind rings is killed and started again, and every request is answered once',

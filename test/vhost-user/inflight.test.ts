@@ -10,6 +10,7 @@ import { Arena, F_SEAL_SHRINK, check, native } from '../../native/index.js';
 import { Disconnected, Refused } from '../frontend/frontend.js';
 import type { Frontend, FrontendOptions, InflightArea } from '../frontend/frontend.js';
 import {
+  ConfigAt,
   MessageId,
   PROTOCOL_FEATURES_KNOWN,
   RequestType,
@@ -24,6 +25,11 @@ import { heldDisk, memoryDisk, openDescriptors, ServedDisk } from './served-disk
 const SIZE = 16;
 /** Of a queue with SIZE entries, aligned to 64. */
 const QUEUE_BYTES = 320;
+/** Behind the queues of a region that the device made: magic and cache mode. */
+const TAIL_BYTES = 64;
+const TAIL_MAGIC = 'STCM';
+const WRITE_THROUGH = 1;
+const WRITE_BACK = 2;
 
 let disk: ServedDisk;
 let descriptorsBefore: number;
@@ -81,8 +87,11 @@ describe('GET_INFLIGHT_FD', () => {
     serve();
     const frontend = await negotiated();
     const area = await frontend.getInflight(2, SIZE);
-    expect(area).toMatchObject({ mmapSize: 2 * QUEUE_BYTES, mmapOffset: 0, queues: 2, queueSize: SIZE });
-    expect(view(area).every((byte) => byte === 0)).toBe(true);
+    const mmapSize = 2 * QUEUE_BYTES + TAIL_BYTES;
+    expect(area).toMatchObject({ mmapSize, mmapOffset: 0, queues: 2, queueSize: SIZE });
+    const expected = Buffer.alloc(mmapSize);
+    expected.write(TAIL_MAGIC, 2 * QUEUE_BYTES);
+    expect(view(area).equals(expected)).toBe(true);
     expect(native.memfdGetSeals(area.fd) & F_SEAL_SHRINK).toBe(F_SEAL_SHRINK);
     native.fileClose(area.fd);
     frontend.close();
@@ -114,10 +123,10 @@ describe('SET_INFLIGHT_FD', () => {
     ['rings longer than any here', { queueSize: 1025 }],
     ['a byte less than its queues take', { mmapSize: 2 * QUEUE_BYTES - 1 }],
     ['no bytes', { mmapSize: 0 }],
-    ['more bytes than its file has', { mmapSize: 2 * QUEUE_BYTES + 1 }],
+    ['more bytes than its file has', { mmapSize: 2 * QUEUE_BYTES + TAIL_BYTES + 1 }],
     ['more bytes than any disk needs', { mmapSize: 2 ** 40 }],
     ['a size that wraps', { mmapSize: 2n ** 64n - 1n }],
-    ['an offset beyond its file', { mmapOffset: 64 }],
+    ['an offset beyond its file', { mmapOffset: 2 * TAIL_BYTES }],
     ['an offset that wraps', { mmapOffset: 2n ** 64n - 64n }],
     ['an offset that cannot be counted', { mmapOffset: 2n ** 53n }],
     ['an offset that is misaligned', { mmapOffset: 8, mmapSize: 2 * QUEUE_BYTES }],
@@ -145,6 +154,62 @@ describe('SET_INFLIGHT_FD', () => {
     expect(bytes.readUInt16LE(4096 + 64 + QUEUE_BYTES + 8)).toBe(1);
     expect(bytes.readUInt16LE(4096 + 64 + 2 * QUEUE_BYTES + 8)).toBe(0);
     frontend.close();
+  });
+
+  describe('and the cache mode', () => {
+    const tailAt = 2 * QUEUE_BYTES;
+
+    it('is written down when the region comes, and when the guest changes it', async () => {
+      serve();
+      const frontend = await negotiated();
+      const area = await frontend.getInflight(2, SIZE);
+      const bytes = view(area);
+      await frontend.setInflight(area);
+      expect(bytes.readUInt32LE(tailAt + 4)).toBe(WRITE_BACK);
+      await frontend.setConfig(ConfigAt.writeback, Buffer.of(0));
+      expect(bytes.readUInt32LE(tailAt + 4)).toBe(WRITE_THROUGH);
+      await frontend.setConfig(ConfigAt.writeback, Buffer.of(1));
+      expect(bytes.readUInt32LE(tailAt + 4)).toBe(WRITE_BACK);
+      native.fileClose(area.fd);
+      frontend.close();
+    });
+
+    it.each([
+      ['write-through', WRITE_THROUGH, 0],
+      ['write-back', WRITE_BACK, 1],
+      ['one that there is not, which is safe', 77, 0],
+    ])('is taken from the region, not from the configuration: %s', async (_what, mode, writeback) => {
+      disk = new ServedDisk({ configs: memoryDisk(), queues: 2, writeCache: writeback === 0 });
+      descriptorsBefore = openDescriptors();
+      const frontend = await negotiated();
+      const area = await frontend.getInflight(2, SIZE);
+      view(area).writeUInt32LE(mode, tailAt + 4);
+      await frontend.setInflight(area);
+      expect((await frontend.blkConfig()).writeback).toBe(writeback);
+      native.fileClose(area.fd);
+      frontend.close();
+    });
+
+    it.each([
+      ['that ends with its queues', { mmapSize: tailAt }],
+      ['that ends in the tail', { mmapSize: tailAt + TAIL_BYTES - 1 }],
+      ['without the magic', { mmapSize: tailAt + TAIL_BYTES }],
+    ])('is neither read from nor written to a region %s', async (_what, size) => {
+      serve();
+      const frontend = await negotiated();
+      const fd = check(native.memfdCreate('inflight', 4096), 'make a region');
+      const bytes = view({ ...good, fd, mmapSize: 4096 });
+      if (size.mmapSize < tailAt + TAIL_BYTES) bytes.write(TAIL_MAGIC, tailAt);
+      bytes.writeUInt32LE(WRITE_THROUGH, tailAt + 4);
+      const before = Buffer.from(bytes);
+      await frontend.setInflight({ ...good, ...size, fd });
+      expect((await frontend.blkConfig()).writeback).toBe(1);
+      await frontend.setConfig(ConfigAt.writeback, Buffer.of(0));
+      await frontend.setConfig(ConfigAt.writeback, Buffer.of(1));
+      expect(bytes.equals(before)).toBe(true);
+      native.fileClose(fd);
+      frontend.close();
+    });
   });
 
   it('refuses anything but a file', async () => {
