@@ -1,10 +1,12 @@
 /** Where a reactor runs: builds it, serves calls of the control plane, runs until the thread or the process is ended. */
-import { parentPort, workerData } from 'node:worker_threads';
+import { parentPort } from 'node:worker_threads';
+import type { MessagePort } from 'node:worker_threads';
 import { Arena, check, native } from '../../native/index.js';
 import { SeededRandom, SystemClock } from './clock.js';
 import { FAILURE } from './process.js';
 import type { ProcessData } from './process.js';
 import { REACTOR_STAT_COUNT, Reactor } from './reactor.js';
+import type { ReactorOptions } from './reactor.js';
 import { answer, serializeError } from './remote-reactor.js';
 import type { Notice, ReactorHandlers, ReactorHost, RemoteReactorOptions, Reply, Request } from './remote-reactor.js';
 import type { ThreadData } from './thread.js';
@@ -19,23 +21,33 @@ interface Line {
   listen(onRequest: (request: Request) => void): void;
 }
 
-export function serveReactor(makeHandlers: (host: ReactorHost) => ReactorHandlers): void {
-  const line = parentPort === null ? processLine() : threadLine();
-  const { options, stats, isIsolated } = line;
-  if (options.core !== undefined) check(native.threadSetAffinity(options.core), `run on core ${options.core}`);
-  native.threadSetName(options.name);
+/** What a reactor has before it is known what it is to be. */
+type Parts = Pick<ReactorOptions, 'arena' | 'ring' | 'clock' | 'random'>;
+
+/** @param warmUp is given a reactor of its own, before anything is known of the one that is served */
+export function serveReactor(
+  warmUp: (reactor: Reactor) => void,
+  makeHandlers: (host: ReactorHost) => ReactorHandlers,
+): void {
   const arena = new Arena();
   const clock = new SystemClock();
-  const reactor = new Reactor({
-    name: options.name,
-    arena,
-    ring: new Uring(arena),
-    clock,
-    random: new SeededRandom(clock.wallMs() ^ process.pid),
-    mode: options.mode,
-    pollUs: options.pollUs,
-    stats,
-  });
+  const random = new SeededRandom(clock.wallMs() ^ process.pid);
+  const parts: Parts = { arena, ring: new Uring(arena), clock, random };
+  warmUp(new Reactor({ ...parts, name: 'warm-up', mode: 'adaptive', pollUs: 0 }));
+  if (parentPort === null) serve(parts, processLine(), makeHandlers);
+  else
+    threadLine(parentPort, (line) => {
+      if (line === null) parts.ring.close();
+      else serve(parts, line, makeHandlers);
+    });
+}
+
+function serve(parts: Parts, line: Line, makeHandlers: (host: ReactorHost) => ReactorHandlers): void {
+  const { options, stats, isIsolated } = line;
+  const { name, mode, pollUs, core } = options;
+  if (core !== undefined) check(native.threadSetAffinity(core), `run on core ${core}`);
+  native.threadSetName(name);
+  const reactor = new Reactor({ ...parts, name, mode, pollUs, stats });
   reactor.watchEventLoop(check(native.eventLoopFd(), 'find the event loop'));
   const handlers = makeHandlers({
     reactor,
@@ -51,16 +63,13 @@ export function serveReactor(makeHandlers: (host: ReactorHost) => ReactorHandler
   setImmediate(loop);
 }
 
-function threadLine(): Line {
-  const port = parentPort!;
-  const { options, stats } = workerData as ThreadData;
-  return {
-    options,
-    stats,
-    isIsolated: false,
-    post: (message) => port.postMessage(message),
-    listen: (onRequest) => port.on('message', onRequest),
-  };
+/** @param then is given the line as soon as it is known what the thread is for: null, for nothing */
+function threadLine(port: MessagePort, then: (line: Line | null) => void): void {
+  const post = (message: Reply | Notice): void => port.postMessage(message);
+  const listen = (onRequest: (request: Request) => void): void => void port.on('message', onRequest);
+  port.once('message', (data: ThreadData | null) =>
+    then(data === null ? null : { ...data, isIsolated: false, post, listen }),
+  );
 }
 
 function processLine(): Line {

@@ -9,7 +9,7 @@ import { REACTOR_STAT_COUNT } from './reactor.js';
 import { RemoteReactor } from './remote-reactor.js';
 import type { Notice, RemoteReactorOptions, Reply, Request } from './remote-reactor.js';
 
-/** What the thread is started with. */
+/** The first message to the thread: what it is, or null when it is not needed. */
 export interface ThreadData {
   readonly options: RemoteReactorOptions;
   readonly stats: Float64Array;
@@ -19,13 +19,38 @@ export class ReactorThread extends RemoteReactor {
   readonly stats: Float64Array;
   readonly ended: Promise<string>;
   readonly #worker: Worker;
+  /** Of a thread that nobody has taken yet. */
+  static #prepared: { readonly entry: URL; readonly worker: Worker } | null = null;
+
+  /**
+   * Starts a thread before it is known what for; the next reactor with this entry takes it. Does not keep the process alive.
+   * @param entry module that calls `serveReactor`
+   */
+  static prepare(entry: URL): void {
+    ReactorThread.dropPrepared();
+    const worker = new Worker(entry);
+    worker.unref();
+    // The next one will fail likewise, with somebody to tell.
+    worker.on('error', () => {
+      if (ReactorThread.#prepared?.worker === worker) ReactorThread.#prepared = null;
+    });
+    ReactorThread.#prepared = { entry, worker };
+  }
+
+  /** No reactor will take it. It ends by itself: what is ended in the middle of a native call takes the process along. */
+  static dropPrepared(): void {
+    ReactorThread.#prepared?.worker.postMessage(null);
+    ReactorThread.#prepared = null;
+  }
 
   /** @param entry module that calls `serveReactor` */
   constructor(entry: URL, options: RemoteReactorOptions) {
     super(options.name);
     this.stats = new Float64Array(new SharedArrayBuffer(REACTOR_STAT_COUNT * 8));
-    const data: ThreadData = { options, stats: this.stats };
-    this.#worker = new Worker(entry, { workerData: data, name: options.name });
+    if (ReactorThread.#prepared?.entry.href !== entry.href) ReactorThread.prepare(entry);
+    this.#worker = ReactorThread.#prepared!.worker;
+    ReactorThread.#prepared = null;
+    this.#worker.ref();
     this.#worker.on('message', (message: Reply | Notice) => this.receive(message));
     this.#worker.on('error', (error: Error) => this.onFailure(error));
     this.ended = new Promise((resolve) => {
@@ -34,6 +59,8 @@ export class ReactorThread extends RemoteReactor {
         resolve(`code ${code}`);
       });
     });
+    const data: ThreadData = { options, stats: this.stats };
+    this.#worker.postMessage(data);
   }
 
   async terminate(): Promise<void> {

@@ -26,6 +26,7 @@ import type { ReactorPlan } from './config/stacks.js';
 import type { IsolationOptions } from './isolated-process.js';
 import type { Log } from './log.js';
 import { callReactor } from './reactor-calls.js';
+import { REACTOR_ENTRY } from './reactor-entry.js';
 import type { BdevInfo, ControllerSetup, Notices } from './reactor-calls.js';
 import { toSnakeCase } from './rpc/rpc-error.js';
 import { makeSocketPlace, socketPathRefusal } from './socket-path.js';
@@ -77,7 +78,6 @@ export interface LiveInfo {
   readonly answering: ReadonlySet<string>;
 }
 
-const REACTOR_ENTRY = new URL('./reactor-worker.js', import.meta.url);
 const ISOLATED_ENTRY = new URL('./isolated-process.js', import.meta.url);
 /** A reactor that has not answered by then is held to be stuck. */
 const ANSWER_TIMEOUT_MS = 2000;
@@ -131,6 +131,7 @@ export class Daemon {
   async start(): Promise<void> {
     try {
       for (const plan of planReactors(this.config)) this.reactors.push(this.#startReactor(plan));
+      ReactorThread.dropPrepared();
       await this.#createAll();
       await this.#listenAll();
       for (const { isolation } of this.reactors) isolation?.supervisor.serving();

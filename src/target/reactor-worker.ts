@@ -15,10 +15,9 @@ import { forbidOpeningFiles } from './system.js';
 import { warmUpReactor } from './warm-up-disk.js';
 import type { BdevInfo, Notices, ReactorCallHandlers } from './reactor-calls.js';
 
-serveReactor((host) => makeHandlers(host) as unknown as ReactorHandlers);
+serveReactor(warmUpReactor, (host) => makeHandlers(host) as unknown as ReactorHandlers);
 
 function makeHandlers(host: ReactorHost): ReactorCallHandlers {
-  warmUpReactor(host.reactor);
   const registry = new BdevRegistry(host.reactor, modules);
   const controllers = new Map<string, BlkController>();
   return {

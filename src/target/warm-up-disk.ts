@@ -12,8 +12,8 @@ import type { Reactor } from '../poller/reactor.js';
 import { warmUp } from '../vhost-user/warm-up.js';
 
 const DISK_BYTES = 1024 * 1024;
-/** Per disk. Enough for the optimising compiler to have been at all of it: a few tenths of a second altogether. */
-const REQUESTS = 10_000;
+/** Per disk. Enough for the optimising compiler to have been at most of it; guests wait for more when a daemon is started again. */
+const REQUESTS = 2_500;
 
 export function warmUpReactor(reactor: Reactor): void {
   const fd = check(native.memfdCreate('strata-warm-up', DISK_BYTES), 'create a disk to warm up with');

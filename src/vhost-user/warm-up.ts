@@ -1,5 +1,5 @@
 /**
- * Warming up: the data path is run a few ten thousand times before anybody is served, on a guest of our own, so that the first
+ * Warming up: the data path is run some thousand times before anybody is served, on a guest of our own, so that the first
  * real requests find compiled code. Cold code takes some hundred microseconds a request, and code that has seen only
  * one kind of request is compiled again at the first of another.
  *
