@@ -15,9 +15,10 @@ import type { Words } from './boundaries.js';
 import { Finding } from './finding.js';
 import type { RawConnection, Wires } from './raw-connection.js';
 
-/** MQ, REPLY_ACK, CONFIG, CONFIGURE_MEM_SLOTS. */
-const PROTOCOL_FEATURES = 0x8209;
+/** MQ, REPLY_ACK, CONFIG, INFLIGHT_SHMFD, CONFIGURE_MEM_SLOTS. */
+const PROTOCOL_FEATURES = 0x9209;
 const bit = (feature: number): number => (1 << feature) >>> 0;
+const PACKED_HI = 1 << (Feature.ringPacked - 32);
 const FEATURES_LO = [
   Feature.flush,
   Feature.blkSize,
@@ -31,6 +32,7 @@ const FEATURES_LO = [
 export interface SessionFeatures {
   readonly eventIdx: boolean;
   readonly indirect: boolean;
+  readonly packed: boolean;
   /** Bit 30: without it rings are enabled from the start. */
   readonly protocol: boolean;
   readonly hi: number;
@@ -110,6 +112,13 @@ export class AttackSession {
     this.u32s(MessageId.setVringEnable, index, 1);
   }
 
+  /** Has a descriptor raised when the device breaks the ring. */
+  signalErrors(index: number, fd: number): void {
+    this.connection.flush();
+    this.u32s(MessageId.setVringErr, index, 0);
+    this.connection.flush(Int32Array.of(fd));
+  }
+
   /** @param kickFd -1: the ring is polled */
   start(index: number, base: number, kickFd = -1): void {
     this.u32s(MessageId.setVringBase, index, base);
@@ -127,6 +136,22 @@ export class AttackSession {
     const before = this.connection.replies;
     this.u32s(MessageId.getFeatures);
     return this.connection.flush() && this.connection.waitForReplies(before + 1, meanwhile);
+  }
+
+  /** Sends a message that is to be answered. Returns whether the device says that it does not carry it out. */
+  isRefused(id: number, values: readonly number[], fds?: Int32Array): boolean {
+    const { out } = this.#wires;
+    this.connection.flush();
+    const before = this.connection.replies;
+    let answer = 0;
+    this.connection.onReply = (payload) => (answer = payload.readUInt32LE(0));
+    let at = this.header(id, 4 * values.length, FLAG_VERSION_1 | FLAG_NEED_REPLY);
+    for (const value of values) at = out.writeUInt32LE(value >>> 0, at);
+    this.connection.add(MESSAGE_HEADER_BYTES + 4 * values.length);
+    const isAnswered = this.connection.flush(fds) && this.connection.waitForReplies(before + 1);
+    this.connection.onReply = null;
+    if (isAnswered && answer === 0) this.lawful++;
+    return isAnswered && answer !== 0;
   }
 
   /** Stops rings. Returns where each is to go on, undefined when the device has closed the connection. */
@@ -151,12 +176,14 @@ export function describeRegion(region: AttackRegion): number[] {
   return [guestAddress, sizeBytes, userAddress, mmapOffset].flatMap((value) => [...words(value)]);
 }
 
-export function anyFeatures(random: Random): SessionFeatures {
+export function anyFeatures(random: Random, packed = random.below(3) === 0): SessionFeatures {
   return {
     eventIdx: random.below(2) === 0,
     indirect: random.below(4) > 0,
+    packed,
     protocol: random.below(4) > 0,
-    hi: random.below(4) > 0 ? 1 : 0,
+    // VERSION_1, which legacy drivers do not know.
+    hi: packed ? PACKED_HI | 1 : Number(random.below(4) > 0),
   };
 }
 

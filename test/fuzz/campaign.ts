@@ -12,24 +12,40 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { join } from 'node:path';
 import { Arena } from '../../native/index.js';
 import { SeededRandom } from '../../src/poller/clock.js';
+import type { Random } from '../../src/poller/clock.js';
 import { Frontend } from '../frontend/frontend.js';
 import { Status } from '../frontend/protocol.js';
+import { newRingCounters } from './attacked-ring.js';
+import type { RingCounters } from './attacked-ring.js';
 import { AttackMemory } from './attack-memory.js';
 import { AttackSession, anyFeatures } from './attack-session.js';
-import { pick } from './boundaries.js';
+import type { SessionFeatures } from './attack-session.js';
+import { chance, pick } from './boundaries.js';
 import { DISK_BYTES, Daemon } from './daemon.js';
 import type { Footprint, Target } from './daemon.js';
 import { DescriptorZoo } from './descriptor-zoo.js';
 import { Finding } from './finding.js';
+import { HostileRegion } from './hostile-region.js';
 import { MessageAttack, idsCarriedOut } from './message-attack.js';
 import type { MessageCounters } from './message-attack.js';
 import { RawConnection, Wires } from './raw-connection.js';
+import { RingAttack } from './ring-attack.js';
 import { ShrinkAttack } from './shrink-attack.js';
-import { SplitAttack, newRingCounters } from './split-attack.js';
-import type { RingCounters } from './split-attack.js';
 import { Witness } from './witness.js';
 
-export type AttackKind = 'all' | 'messages' | 'rings';
+type Attack = 'messages' | 'shrink' | 'split' | 'packed' | 'inflight';
+/** How often each attack is made, in percent, by what the campaign is about. */
+const SHARES = {
+  all: { messages: 76, shrink: 2, split: 9, packed: 9, inflight: 4 },
+  messages: { messages: 100 },
+  rings: { shrink: 2, split: 40, packed: 40, inflight: 18 },
+  split: { split: 100 },
+  packed: { packed: 100 },
+  inflight: { inflight: 100 },
+} as const satisfies Record<string, Partial<Record<Attack, number>>>;
+
+export type AttackKind = keyof typeof SHARES;
+export const ATTACK_KINDS = Object.keys(SHARES) as readonly AttackKind[];
 
 export interface CampaignOptions {
   readonly seed: number;
@@ -77,6 +93,7 @@ export class Campaign {
   readonly #daemon: Daemon;
   readonly #folder: string;
   readonly #witnesses: Witness[] = [];
+  readonly #arena: Arena;
   readonly #wires: Wires;
   readonly #memory: AttackMemory;
   readonly #zoo: DescriptorZoo;
@@ -104,6 +121,7 @@ export class Campaign {
     this.#daemon = daemon;
     this.#folder = folder;
     const arena = new Arena(2 ** 31);
+    this.#arena = arena;
     this.#wires = new Wires(arena);
     this.#memory = new AttackMemory(arena);
     this.#memory.fill(new SeededRandom(options.seed));
@@ -209,16 +227,29 @@ export class Campaign {
     const number = this.attacks++;
     const random = new SeededRandom(Math.imul(this.#options.seed + 1, 0x9e3779b1) + number);
     const target = pick(random, this.#daemon.attacked);
-    const { kind } = this.#options;
-    const die = random.below(100);
+    const attack = this.#choose(random);
     const connection = new RawConnection(this.#wires, target.socketPath);
     this.#connections++;
     try {
-      if (die < 2 && kind !== 'messages') {
-        const attack = new ShrinkAttack(connection, this.#wires, this.#memory, random);
-        this.#shrunk += attack.run();
-        this.#lawful += attack.lawful;
-      } else if (kind === 'messages' || (kind === 'all' && die < 80)) {
+      this.#attackBy(attack, connection, target, random);
+    } catch (error) {
+      const where = `in attack ${number} on ${target.name}`;
+      if (error instanceof Finding) throw new Finding(error.kind, `${error.detail}, ${where}`);
+      throw new Error(where, { cause: error });
+    } finally {
+      connection.close();
+    }
+  }
+
+  #choose(random: Random): Attack {
+    let die = random.below(100);
+    const shares = Object.entries(SHARES[this.#options.kind]) as [Attack, number][];
+    return shares.find(([, share]) => (die -= share) < 0)![0];
+  }
+
+  #attackBy(kind: Attack, connection: RawConnection, target: Target, random: Random): void {
+    switch (kind) {
+      case 'messages': {
         const attack = new MessageAttack(
           connection,
           this.#wires,
@@ -230,29 +261,55 @@ export class Campaign {
         );
         attack.run();
         this.#lawful += attack.lawful;
-      } else {
-        this.#attackRings(connection, target, random);
+        return;
       }
-    } catch (error) {
-      const where = `in attack ${number} on ${target.name}`;
-      if (error instanceof Finding) throw new Finding(error.kind, `${error.detail}, ${where}`);
-      throw new Error(where, { cause: error });
-    } finally {
-      connection.close();
+      case 'shrink': {
+        const attack = new ShrinkAttack(connection, this.#wires, this.#memory, random);
+        this.#shrunk += attack.run();
+        this.#lawful += attack.lawful;
+        return;
+      }
+      case 'inflight':
+        this.#attackInflight(connection, target, random);
+        return;
+      default:
+        this.#attackRings(connection, target, anyFeatures(random, kind === 'packed'), random);
     }
   }
 
-  #attackRings(connection: RawConnection, target: Target, random: SeededRandom): void {
+  #attackInflight(connection: RawConnection, target: Target, random: Random): void {
+    const features = anyFeatures(random, chance(random, 50));
+    const region = new HostileRegion(this.#arena, features.packed ? 'packed' : 'split', random);
+    try {
+      this.#attackRings(connection, target, features, random, region);
+    } finally {
+      region.close();
+    }
+  }
+
+  /** @param region where the device finds what is in flight, or null */
+  #attackRings(
+    connection: RawConnection,
+    target: Target,
+    features: SessionFeatures,
+    random: Random,
+    region: HostileRegion | null = null,
+  ): void {
     const session = new AttackSession(connection, this.#wires, this.#memory);
-    const features = anyFeatures(random);
     if (!session.negotiate(features)) throw new Finding('answer', 'a lawful set-up was refused');
     const facts = { serial: target.name, isReadOnly: target.isReadOnly };
-    const attack = new SplitAttack(session, features, facts, random, this.#rings);
-    for (let bursts = 1 + random.below(BURSTS_MAX); bursts > 0; bursts--) {
-      attack.burst();
-      for (const witness of this.#witnesses) witness.look();
+    const attack = new RingAttack(session, features, facts, random, this.#rings, region);
+    try {
+      for (let bursts = 1 + random.below(BURSTS_MAX); bursts > 0; bursts--) {
+        attack.burst();
+        for (const witness of this.#witnesses) witness.look();
+      }
+      if (region !== null && chance(random, 20)) attack.cutBurst(region);
+    } finally {
+      attack.close();
     }
     connection.finish();
+    this.#memory.verify(true);
     this.#lawful += session.lawful;
   }
 

@@ -11,7 +11,7 @@ import { tmpdir } from 'node:os';
 import { Command, Option } from 'commander';
 import { numberOption } from '../../src/target/options.js';
 import { leaveTotals } from '../support/totals.js';
-import { Campaign } from './campaign.js';
+import { ATTACK_KINDS, Campaign } from './campaign.js';
 import type { AttackKind } from './campaign.js';
 
 const PROGRESS_MS = 5_000;
@@ -35,7 +35,7 @@ function parseOptions(): Options {
     .option('--cases <number>', 'how many hostile messages and chains', count, 1_000_000)
     .option('--minutes <number>', 'at most so long', numberOption(1, 100_000))
     .option('--seed <number>', 'of all that is random', numberOption(0, 0x7fffffff), Date.now() & 0x7fffffff)
-    .addOption(new Option('--kind <kind>', 'what to attack by').choices(['all', 'messages', 'rings']).default('all'))
+    .addOption(new Option('--kind <kind>', 'what to attack by').choices(ATTACK_KINDS).default('all'))
     .option('--first <number>', 'number of the first attack, to make one again', numberOption(0, 2 ** 52), 0)
     .option('--attacks <number>', 'at most so many attacks', count)
     .option('--dir <folder>', 'where disks are made', tmpdir())

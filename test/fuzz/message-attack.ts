@@ -16,7 +16,7 @@ import type { AttackMemory } from './attack-memory.js';
 import { anyU32, anyU64, chance, pick, words } from './boundaries.js';
 import type { DescriptorZoo } from './descriptor-zoo.js';
 import type { RawConnection, Wires } from './raw-connection.js';
-import { QUEUES } from './split-attack.js';
+import { QUEUES } from './burst-memory.js';
 
 /** Longest payload that anybody takes; a claim of more is all there is to it. */
 const PAYLOAD_BYTES_MAX = 4108;
@@ -43,7 +43,13 @@ const ringOfFd: Field = (attack) => [
 ];
 const slot: Field = (attack) => [0, 0, ...attack.region()];
 const features: Field = (attack) =>
-  pick(attack.random, [[0x5000_1246, 1], [0x7000_1246, 1], [0x7000_0000, 0], [...anyU64(attack.random)]]);
+  pick(attack.random, [
+    [0x5000_1246, 1],
+    [0x7000_1246, 1],
+    [0x7000_1246, 5],
+    [0x7000_0000, 0],
+    [...anyU64(attack.random)],
+  ]);
 const config: Field = (attack) => {
   const size = pick(attack.random, [1, 8, 60, 256, 4096, attack.random.below(4097)]);
   const claimed = chance(attack.random, 90) ? size : anyU32(attack.random);

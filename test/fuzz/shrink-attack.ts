@@ -58,7 +58,7 @@ export class ShrinkAttack {
       mmapOffset: 0,
     } satisfies AttackRegion;
     try {
-      const features = { eventIdx: random.below(2) === 0, indirect: true, protocol: true, hi: 1 };
+      const features = { eventIdx: random.below(2) === 0, indirect: true, packed: false, protocol: true, hi: 1 };
       const session = this.#session;
       if (!session.negotiate(features, [this.#memory.control, region])) return 0;
       // Ring 0 lies in memory that stays, ring 1 in what goes.
