@@ -142,8 +142,9 @@ export class Campaign {
     }
   }
 
-  get daemonPid(): number {
-    return this.#daemon.pid;
+  /** Of the daemon, and of the isolated disk. */
+  get pids(): readonly [daemon: number, isolated: number] {
+    return [this.#daemon.pid, this.#daemon.isolatedPid];
   }
 
   /** Cases so far; those by messages since the last audit are an estimate. */
@@ -184,7 +185,7 @@ export class Campaign {
       queueFaults: this.#faults.queues,
       sessionFaults: this.#faults.sessions,
       started: this.#started!,
-      ended: this.#daemon.isRunning ? this.#daemon.footprint() : this.#started!,
+      ended: this.#daemon.isWhole ? this.#daemon.footprint() : this.#started!,
     };
   }
 
@@ -316,6 +317,7 @@ export class Campaign {
   // ---- Audits
 
   async #audit(): Promise<void> {
+    if (!this.#daemon.isWhole) throw new Finding('crash', 'the process of the isolated disk has ended');
     await this.#settled();
     const now = await this.#counts();
     const before = this.#before;
@@ -407,7 +409,7 @@ export class Campaign {
       // The end of a process is noticed by the event loop.
       await new Promise((resolve) => setTimeout(resolve, 500));
       const cause = error instanceof Error ? (error.stack ?? error.message) : String(error);
-      if (!this.#daemon.isRunning) throw new Finding('crash', `${cause}\n${this.#daemon.log}`);
+      if (!this.#daemon.isWhole) throw new Finding('crash', `${cause}\n${this.#daemon.log}`);
       const state = await this.#daemon.state();
       if (error instanceof Finding) throw new Finding(error.kind, `${error.detail}\n${state}\n${this.#daemon.log}`);
       throw new Finding('hang', `${cause}\n${state}\n${this.#daemon.log}`);

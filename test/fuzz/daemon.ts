@@ -17,8 +17,8 @@ export interface Target {
   readonly isReadOnly: boolean;
 }
 
-/** Disks that are attacked, and their neighbours: one on the same reactor, one on another. */
-const ATTACKED = ['memory', 'file', 'slow', 'sealed'] as const;
+/** Disks that are attacked, one of them in a process of its own, and their neighbours: one on the same reactor, one on another. */
+const ATTACKED = ['memory', 'file', 'slow', 'sealed', 'alone'] as const;
 const WITNESSES = ['near', 'far'] as const;
 
 const config = `
@@ -29,20 +29,22 @@ bdevs:
   - {name: slow-base, module: malloc, size: 8MiB}
   - {name: slow, module: delay, base: slow-base, read_us: 20, write_us: 20, flush_us: 20, discard_us: 20, jitter_us: 100}
   - {name: sealed, module: malloc, size: 8MiB}
+  - {name: alone, module: uring, path: alone.img, create: 8MiB, direct: false}
   - {name: near, module: uring, path: near.img, create: 8MiB, direct: false}
   - {name: far, module: malloc, size: 8MiB}
 controllers:
 ${[...ATTACKED, ...WITNESSES]
   .map((name) => {
     const reactor = name === 'far' ? 'other' : 'attacked';
-    return `  - {name: ${name}, bdev: ${name}, socket: ${name}.sock, queues: 8, reactor: ${reactor}, read_only: ${name === 'sealed'}}`;
+    const flags = `read_only: ${name === 'sealed'}, isolate: ${name === 'alone'}`;
+    return `  - {name: ${name}, bdev: ${name}, socket: ${name}.sock, queues: 8, reactor: ${reactor}, ${flags}}`;
   })
   .join('\n')}
 metrics: {listen: "127.0.0.1:0"}
 log: {level: warn, format: json}
 `;
 
-/** What the process holds. */
+/** What the daemon and the process of the isolated disk hold. */
 export interface Footprint {
   readonly fds: number;
   /** Without the kernel's own workers, which come and go. */
@@ -58,6 +60,7 @@ export class Daemon {
   readonly witnesses: readonly Target[];
   readonly #child: Child;
   #url = '';
+  #isolatedPid = -1;
 
   private constructor(child: Child, folder: string) {
     this.#child = child;
@@ -77,6 +80,7 @@ export class Daemon {
     const daemon = new Daemon(child, folder);
     await waitUntil(() => child.stdout.endsWith('\n}\n') || !child.running, START_MS);
     if (!child.running) throw new Error(`the daemon did not come up:\n${child.stderr}`);
+    daemon.#isolatedPid = childrenOf(child.pid)[0]!;
     daemon.#url = (JSON.parse(child.stdout) as { http: string }).http;
     return daemon;
   }
@@ -85,8 +89,17 @@ export class Daemon {
     return this.#child.pid;
   }
 
+  get isolatedPid(): number {
+    return this.#isolatedPid;
+  }
+
   get isRunning(): boolean {
     return this.#child.running;
+  }
+
+  /** The daemon runs, and so does the process of the isolated disk that it started first. */
+  get isWhole(): boolean {
+    return this.isRunning && childrenOf(this.pid).includes(this.#isolatedPid);
   }
 
   /** The newest lines of its log. */
@@ -95,22 +108,14 @@ export class Daemon {
   }
 
   footprint(): Footprint {
-    const { pid } = this.#child;
-    const maps = readFileSync(`/proc/${pid}/maps`, 'utf8').split('\n');
-    const status = readFileSync(`/proc/${pid}/status`, 'utf8');
-    const threads = readdirSync(`/proc/${pid}/task`).filter((task) => {
-      try {
-        return !readFileSync(`/proc/${pid}/task/${task}/comm`, 'utf8').startsWith('iou-');
-      } catch {
-        return false;
-      }
-    });
+    const all = [this.pid, this.#isolatedPid].map(footprintOf);
+    const sum = (of: (one: Footprint) => number): number => all.reduce((n, one) => n + of(one), 0);
     return {
-      fds: readdirSync(`/proc/${pid}/fd`).length,
-      threads: threads.length,
-      sharedMappings: maps.filter((line) => /memfd:(fuzz|guest)|\/plain|\/dev\/zero/.test(line)).length,
-      mappings: maps.length,
-      rssBytes: Number(/^VmRSS:\s+(\d+)/m.exec(status)![1]) * 1024,
+      fds: sum(({ fds }) => fds),
+      threads: sum(({ threads }) => threads),
+      sharedMappings: sum(({ sharedMappings }) => sharedMappings),
+      mappings: sum(({ mappings }) => mappings),
+      rssBytes: sum(({ rssBytes }) => rssBytes),
     };
   }
 
@@ -146,4 +151,40 @@ export class Daemon {
     this.#child.kill('SIGKILL');
     await this.#child.exited;
   }
+}
+
+/** Processes that a process has started and that have not ended. */
+function childrenOf(pid: number): number[] {
+  return readdirSync(`/proc/${pid}/task`).flatMap((task) => {
+    const list = readFileSync(`/proc/${pid}/task/${task}/children`, 'utf8').trim().split(' ').map(Number);
+    return list.filter((child) => child > 0 && isAlive(child));
+  });
+}
+
+function isAlive(pid: number): boolean {
+  try {
+    // A zombie has ended.
+    return !readFileSync(`/proc/${pid}/stat`, 'utf8').includes(') Z ');
+  } catch {
+    return false;
+  }
+}
+
+function footprintOf(pid: number): Footprint {
+  const maps = readFileSync(`/proc/${pid}/maps`, 'utf8').split('\n');
+  const status = readFileSync(`/proc/${pid}/status`, 'utf8');
+  const threads = readdirSync(`/proc/${pid}/task`).filter((task) => {
+    try {
+      return !readFileSync(`/proc/${pid}/task/${task}/comm`, 'utf8').startsWith('iou-');
+    } catch {
+      return false;
+    }
+  });
+  return {
+    fds: readdirSync(`/proc/${pid}/fd`).length,
+    threads: threads.length,
+    sharedMappings: maps.filter((line) => /memfd:(fuzz|guest)|\/plain|\/dev\/zero/.test(line)).length,
+    mappings: maps.length,
+    rssBytes: Number(/^VmRSS:\s+(\d+)/m.exec(status)![1]) * 1024,
+  };
 }
