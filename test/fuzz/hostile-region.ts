@@ -21,6 +21,8 @@ const HEADER_BYTES = { split: 16, packed: 32 } as const;
 const GUARD = 0xc5;
 const VERSION_AT = 8;
 const ENTRIES_AT = 10;
+/** Behind the parts a device of ours keeps the cache mode, in 64 bytes that begin with this: see src/vhost-user/inflight-region.ts. */
+const TAIL_MAGIC = 0x4d435453;
 /** In a split ring's header: last_batch_head, used_idx. In an entry: next, counter. */
 const SPLIT = { lastBatchHead: 12, usedIdx: 14, next: 6, counter: 8 } as const;
 /** In a packed ring's header, and in an entry. */
@@ -75,7 +77,7 @@ export class HostileRegion {
     this.offset = pick(random, [0, 0, 64, PAGE_BYTES, PAGE_BYTES + 64]);
     const partBytes = HEADER_BYTES[kind] + ENTRY_BYTES[kind] * this.queueSize;
     this.#partBytes = Math.ceil(partBytes / ALIGNMENT) * ALIGNMENT;
-    this.sizeBytes = QUEUES * this.#partBytes;
+    this.sizeBytes = QUEUES * this.#partBytes + pick(random, [0, 0, 63, 64, 64, 64, 128]);
     const fileBytes = Math.ceil((this.offset + this.sizeBytes) / PAGE_BYTES + 1) * PAGE_BYTES;
     this.fd = check(native.memfdCreate('fuzz-inflight', fileBytes), 'make an in-flight region');
     this.#mapping = arena.mapFile(this.fd, 0, fileBytes);
@@ -105,13 +107,18 @@ export class HostileRegion {
       const isKnown = version === 1 && entries === this.queueSize && features[0] === 0 && features[1] === 0;
       if (version !== 0 && !isKnown) isWrong = true;
     }
+    const tail = this.#bytes.subarray(QUEUES * this.#partBytes).fill(0);
+    if (tail.length >= 8) {
+      tail.writeUInt32LE(chance(random, 90) ? TAIL_MAGIC : anyU32(random), 0);
+      tail.writeUInt32LE(chance(random, 70) ? random.below(3) : anyU32(random), 4);
+    }
     return isWrong;
   }
 
   /** Fills all parts, for rings that are about to start. */
   fill(rings: readonly TrackedRing[], memory: BurstMemory): void {
     const random = this.#random;
-    this.#bytes.fill(0);
+    this.#bytes.fill(0, 0, QUEUES * this.#partBytes);
     for (const ring of rings) {
       const part = this.#part(ring.index);
       if (chance(random, 5)) continue;
