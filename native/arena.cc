@@ -136,11 +136,13 @@ Napi::Value Base(const Napi::CallbackInfo& info) {
   return Napi::Number::New(info.Env(), static_cast<double>(reinterpret_cast<uintptr_t>(data)));
 }
 
-// arenaMapAnonymous(address, length)
+// arenaMapAnonymous(address, length): on huge pages, where the kernel has them and whole ones fit in.
 Napi::Value MapAnonymous(const Napi::CallbackInfo& info) {
   void* mapped = mmap(Pointer(info, 0), Size(info, 1), PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0);
-  return Outcome(info, mapped == MAP_FAILED ? -1 : 0);
+  if (mapped == MAP_FAILED) return Outcome(info, -1);
+  madvise(mapped, Size(info, 1), MADV_HUGEPAGE);
+  return Outcome(info, 0);
 }
 
 // arenaMapFile(address, length, fd, fileOffset)

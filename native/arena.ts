@@ -18,6 +18,8 @@ export const WINDOW_SCALE = 2 ** -31;
 export const WINDOW_MASK = 0x7fffffff;
 
 const PAGE_BYTES = 4096;
+/** Of x86-64, and of AArch64 with small pages of 4 KiB: memory that begins at a multiple is made of such pages where the kernel has them. */
+export const HUGE_PAGE_BYTES = 2 ** 21;
 const ARENA_BYTES_DEFAULT = 2 ** 40;
 
 /** A free or used range [offset, offset + length). */

@@ -1,6 +1,7 @@
 // Byte-crunching leaves, called once per batch.
 #include "native.h"
 
+#include <algorithm>
 #include <cstring>
 
 #if defined(__x86_64__)
@@ -19,11 +20,23 @@ struct CopyEntry {
   double length;
 };
 
+// The first lines of what is copied next are fetched meanwhile. Hardware goes on from there by itself; without it, a page that is in
+// no cache takes almost twice as long.
+constexpr size_t kPrefetchBytes = 1024;
+constexpr size_t kCacheLine = 64;
+
+void Prefetch(const CopyEntry& entry) {
+  uintptr_t at = static_cast<uintptr_t>(entry.source);
+  size_t length = std::min(static_cast<size_t>(entry.length), kPrefetchBytes);
+  for (uintptr_t end = at + length; at < end; at += kCacheLine) __builtin_prefetch(reinterpret_cast<const void*>(at));
+}
+
 // copyList(entries, count): entries in order; source and destination of one entry may overlap.
 void CopyList(const v8::FunctionCallbackInfo<v8::Value>& info) {
   const auto* entry = static_cast<const CopyEntry*>(ViewData(info, 0));
   const CopyEntry* end = entry + Int(info, 1);
   for (; entry != end; entry++) {
+    if (entry + 1 != end) Prefetch(entry[1]);
     auto* destination = reinterpret_cast<void*>(static_cast<uintptr_t>(entry->destination));
     const auto* source = reinterpret_cast<const void*>(static_cast<uintptr_t>(entry->source));
     size_t length = static_cast<size_t>(entry->length);

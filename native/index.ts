@@ -14,7 +14,7 @@ import { dirname, join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { getSystemErrorName } from 'node:util';
 
-export { Arena, ARENA_WINDOW_BYTES, WINDOW_MASK, WINDOW_SCALE } from './arena.js';
+export { Arena, ARENA_WINDOW_BYTES, HUGE_PAGE_BYTES, WINDOW_MASK, WINDOW_SCALE } from './arena.js';
 
 /** Facts of an open file or block device. Sizes in bytes. */
 export interface FileFacts {
