@@ -5,6 +5,7 @@
  * Method: a controller on a reactor that is stepped by hand, a real socket. Guest memory is compared, page by page, with a copy
  * from before the device had its turn; the log is read by arithmetic of the test's own.
  */
+import { setImmediate } from 'node:timers/promises';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { Arena, check, native } from '../../native/index.js';
 import { DirtyBitmap, LOG_PAGE_BYTES, pagesOf } from '../frontend/dirty-bitmap.js';
@@ -13,20 +14,25 @@ import { encodeRanges } from '../frontend/driver-queue.js';
 import type { DriverQueue, Request, RequestSpec } from '../frontend/driver-queue.js';
 import { Refused } from '../frontend/frontend.js';
 import type { Frontend } from '../frontend/frontend.js';
+import { PackedDriverQueue } from '../frontend/packed-driver-queue.js';
 import {
+  DESCRIPTOR_BYTES,
   FEATURES_KNOWN,
   Feature,
   MessageId,
   PROTOCOL_FEATURES_KNOWN,
   ProtocolFeature,
   RequestType,
+  STATUS_UNANSWERED,
   Status,
   mask,
   u64,
 } from '../frontend/protocol.js';
 import { seededRandom } from '../support/seed.js';
+import { DirtyLog, RingLog } from '../../src/vhost-user/dirty-log.js';
 import { GuestMemory } from '../../src/vhost-user/guest-memory.js';
 import { MemoryRanges } from '../../src/poller/memory-ranges.js';
+import { RingDevice } from './ring-device.js';
 import { DISK_BYTES, ServedDisk, heldDisk, openDescriptors } from './served-disk.js';
 
 const MIB = 2 ** 20;
@@ -38,6 +44,13 @@ const REGIONS = [
 ];
 /** Covers addresses up to 6 GiB. */
 const LOG_BYTES = (6 * 2 ** 30) / LOG_PAGE_BYTES / 8;
+const WITHOUT_EVENTS = FEATURES_KNOWN & ~mask(Feature.eventIdx);
+/** So long that the device's event suppression is on another page than the descriptors. */
+const PACKED = { packed: true, queueSize: 256 };
+const KINDS = [
+  ['split', false],
+  ['packed', true],
+] as const;
 /** Beyond guest memory, within the log. */
 const NOWHERE = 0x1_6000_0000;
 
@@ -111,9 +124,12 @@ class Snapshot {
 }
 
 /** Lets the device answer, without touching guest memory meanwhile. */
-function untilAnswered(queue: DriverQueue, count: number): void {
-  const wanted = (queue.deviceUsedIndex + count) & 0xffff;
-  disk.until(() => queue.deviceUsedIndex === wanted, 'answers');
+function untilAnswered({ memory }: Frontend, requests: readonly Request[]): void {
+  const statuses = requests
+    .map(({ pieces }) => pieces.at(-1)!)
+    .map((p) => memory.bytes(p.address + p.lengthBytes - 1, 1));
+  disk.until(() => statuses.every(([status]) => status !== STATUS_UNANSWERED), 'answers');
+  // Of the step that wrote the last status byte nothing is left to be done: answers are published at its end.
 }
 
 /** Pages that the device may write to for the sake of requests. */
@@ -124,6 +140,11 @@ function writablePages(requests: readonly Request[]): number[] {
 }
 
 const usedPages = (queue: DriverQueue, at = queue.used): number[] => pagesOf(at, 6 + 8 * queue.size);
+/** Pages of what the device writes to of a ring: the used ring, or a packed ring's descriptors and the device's event suppression. */
+const ringPages = (queue: DriverQueue): number[] =>
+  queue instanceof PackedDriverQueue
+    ? [...pagesOf(queue.descriptors, DESCRIPTOR_BYTES * queue.size), ...pagesOf(queue.used, 4)]
+    : usedPages(queue);
 const read = (sector = 0, inBytes = 4096): RequestSpec => ({ type: RequestType.read, sector, inBytes });
 
 async function fillDisk({ queue }: Frontend): Promise<void> {
@@ -136,19 +157,21 @@ async function fillDisk({ queue }: Frontend): Promise<void> {
 
 describe('pages that the device writes to', () => {
   it.each([
-    ['with event indices', FEATURES_KNOWN, 0],
-    ['without', FEATURES_KNOWN & ~mask(Feature.eventIdx), 0],
-    ['in a log at an odd offset of its file', FEATURES_KNOWN, 4099],
-  ])('are all marked, and no others, whatever is asked for: %s', async (_what, features, offsetBytes) => {
+    ['with event indices', { features: FEATURES_KNOWN }, 0],
+    ['without', { features: WITHOUT_EVENTS }, 0],
+    ['in a log at an odd offset of its file', { features: FEATURES_KNOWN }, 4099],
+    ['of a packed ring, with event indices', { features: FEATURES_KNOWN, ...PACKED }, 0],
+    ['of a packed ring, without', { features: WITHOUT_EVENTS, ...PACKED }, 0],
+  ])('are all marked, and no others, whatever is asked for: %s', async (_what, options, offsetBytes) => {
     serve();
-    const frontend = await connect({ features });
+    const frontend = await connect(options);
     await fillDisk(frontend);
     const { queue, memory } = frontend;
     const log = makeLog(frontend, { offsetBytes, behindBytes: 100 });
     await frontend.setLogging(log);
     // Whatever was written to the used ring before logging was on.
-    expect(log.pages()).toEqual(new Set(usedPages(queue)));
-    const random = seededRandom(features === FEATURES_KNOWN ? 1 : 2);
+    expect(log.pages()).toEqual(new Set(ringPages(queue)));
+    const random = seededRandom(options.features === FEATURES_KNOWN ? 1 : 2);
     const cut = (lengthBytes: number): number[] => {
       const ends = [...Array.from({ length: random.below(5) }, () => random.below(lengthBytes)), lengthBytes];
       return ends
@@ -186,7 +209,7 @@ describe('pages that the device writes to', () => {
       log.clear();
       const requests = queue.submit(makeSpec());
       const before = new Snapshot(frontend);
-      untilAnswered(queue, requests.length);
+      untilAnswered(frontend, requests);
       const changed = before.changed();
       const marked = log.pages();
       pagesChanged += changed.length;
@@ -194,7 +217,7 @@ describe('pages that the device writes to', () => {
         changed.filter((page) => !marked.has(page)),
         `changed and not marked in round ${round}`,
       ).toEqual([]);
-      const allowed = new Set([...writablePages(requests), ...usedPages(queue)]);
+      const allowed = new Set([...writablePages(requests), ...ringPages(queue)]);
       expect(
         [...marked].filter((page) => !allowed.has(page)),
         `marked without need in round ${round}`,
@@ -223,7 +246,7 @@ describe('pages that the device writes to', () => {
     descriptor.writeBigUInt64LE(BigInt(seam - 4096), 16 * index);
     queue.offer(request.head);
     const before = new Snapshot(frontend);
-    untilAnswered(queue, 1);
+    untilAnswered(frontend, [request]);
     const status = request.pieces.at(-1)!.address;
     const expected = [...pagesOf(seam - 4096, 8192), ...pagesOf(status, 1), ...usedPages(queue)];
     expect(new Set(before.changed())).toEqual(new Set(expected));
@@ -255,36 +278,39 @@ describe('pages that the device writes to', () => {
     await fillDisk(frontend);
     const log = makeLog(frontend);
     await frontend.setLogBase(log);
-    frontend.queue.submit(read());
+    const requests = frontend.queue.submit(read());
     const before = new Snapshot(frontend);
-    untilAnswered(frontend.queue, 1);
+    untilAnswered(frontend, requests);
     expect(before.changed().length).toBeGreaterThanOrEqual(2);
     expect(log.pages().size).toBe(0);
   });
 });
 
 describe('logging', () => {
-  it('is switched on and off under running rings, and holds for requests already in flight', async () => {
-    serve(heldDisk());
-    const frontend = await connect();
-    const { queue } = frontend;
-    const log = makeLog(frontend);
-    const requests = queue.submit(read(0, 8192), read(64, 512));
-    disk.settle();
-    await frontend.setLogging(log);
-    log.clear();
-    disk.release();
-    expect(log.pages()).toEqual(new Set([...writablePages(requests), ...usedPages(queue)]));
+  it.each(KINDS)(
+    'is switched on and off under running %s rings, and holds for requests already in flight',
+    async (_kind, packed) => {
+      serve(heldDisk());
+      const frontend = await connect({ packed });
+      const { queue } = frontend;
+      const log = makeLog(frontend);
+      const requests = queue.submit(read(0, 8192), read(64, 512));
+      disk.settle();
+      await frontend.setLogging(log);
+      log.clear();
+      disk.release();
+      expect(log.pages()).toEqual(new Set([...writablePages(requests), ...ringPages(queue)]));
 
-    const more = queue.submit(read());
-    disk.settle();
-    await frontend.setLogging(null);
-    log.clear();
-    disk.release();
-    while (queue.takeUsed() !== undefined);
-    expect(more[0]!.completion?.status).toBe(Status.ok);
-    expect(log.pages().size).toBe(0);
-  });
+      const more = queue.submit(read());
+      disk.settle();
+      await frontend.setLogging(null);
+      log.clear();
+      disk.release();
+      while (queue.takeUsed() !== undefined);
+      expect(more[0]!.completion?.status).toBe(Status.ok);
+      expect(log.pages().size).toBe(0);
+    },
+  );
 
   it('of the used ring is at the address that was given, which may be outside of memory and change at any time', async () => {
     serve();
@@ -296,83 +322,173 @@ describe('logging', () => {
       await frontend.setQueueAddresses(queue, address);
       expect([...log.pages()]).toEqual(expect.arrayContaining(usedPages(queue, address)));
       log.clear();
-      const [request] = queue.submit({ type: RequestType.flush });
-      untilAnswered(queue, 1);
+      const requests = queue.submit({ type: RequestType.flush });
+      untilAnswered(frontend, requests);
       while (queue.takeUsed() !== undefined);
-      const allowed = new Set([...writablePages([request!]), ...usedPages(queue, address)]);
+      const allowed = new Set([...writablePages(requests), ...usedPages(queue, address)]);
       expect([...log.pages()].filter((page) => !allowed.has(page))).toEqual([]);
       expect(log.has(pagesOf(address + 2, 2)[0]!)).toBe(true);
       log.clear();
     }
     // Without the flag the ring is not logged, its buffers are.
     await frontend.setQueueAddresses(queue);
-    const [request] = queue.submit({ type: RequestType.flush });
-    untilAnswered(queue, 1);
-    expect(log.pages()).toEqual(new Set(writablePages([request!])));
+    const requests = queue.submit({ type: RequestType.flush });
+    untilAnswered(frontend, requests);
+    expect(log.pages()).toEqual(new Set(writablePages(requests)));
   });
 
-  it('marks the entries of a used ring that goes round', async () => {
+  it('of a packed ring marks its parts where they lie, whatever address is given for the used ring', async () => {
     serve();
-    const frontend = await connect({ queueSize: 1024, regions: [{ guestAddress: MIB, sizeBytes: 4 * MIB }] });
+    const frontend = await connect(PACKED);
+    const { queue } = frontend;
+    const log = makeLog(frontend);
+    await frontend.setLogging(log);
+    log.clear();
+    await frontend.setQueueAddresses(queue, NOWHERE);
+    expect(log.pages()).toEqual(new Set(ringPages(queue)));
+    log.clear();
+    const requests = queue.submit({ type: RequestType.flush });
+    untilAnswered(frontend, requests);
+    // The one descriptor that is its answer.
+    expect(log.pages()).toEqual(new Set([...writablePages(requests), ...pagesOf(queue.descriptors, DESCRIPTOR_BYTES)]));
+    while (queue.takeUsed() !== undefined);
+    await frontend.setQueueAddresses(queue);
+    log.clear();
+    const more = queue.submit({ type: RequestType.flush });
+    untilAnswered(frontend, more);
+    expect(log.pages()).toEqual(new Set(writablePages(more)));
+  });
+
+  it.each([
+    ['split ring', { eventIdx: true }],
+    ['split ring without event indices', { eventIdx: false }],
+    ['packed ring', { ...PACKED, eventIdx: true }],
+    ['packed ring without event indices', { ...PACKED, eventIdx: false }],
+  ])('marks where a %s asks for kicks, and where it asks for none', (_what, options) => {
+    serve();
+    const ring = new RingDevice(options);
+    const { driver, guestMemory, memory, virtqueue } = ring;
+    const marks = new DirtyBitmap(memory.arena, { sizeBytes: LOG_BYTES });
+    const log = new DirtyLog(guestMemory, marks.fd, LOG_BYTES, 0);
+    virtqueue.setLog(new RingLog(log, driver.used));
+    ring.run({ type: RequestType.flush });
+    const changes = [true, false, true, false].map((isWanted) => {
+      marks.clear();
+      const before = Buffer.from(driver.usedBytes);
+      virtqueue.setNotification(isWanted);
+      const changed = [...before.keys()].filter((at) => before[at] !== driver.usedBytes[at]);
+      expect([...marks.pages()]).toEqual(expect.arrayContaining(changed.flatMap((at) => pagesOf(driver.used + at, 1))));
+      return changed.length;
+    });
+    expect(Math.max(...changes)).toBeGreaterThan(0);
+    virtqueue.setLog(null);
+    log.close();
+    marks.close();
+    ring.close();
+  });
+
+  it.each(KINDS)('marks the answers of a %s ring that goes round', async (_kind, packed) => {
+    serve();
+    const frontend = await connect({ packed, queueSize: 1024, regions: [{ guestAddress: MIB, sizeBytes: 4 * MIB }] });
     const { queue } = frontend;
     const log = makeLog(frontend);
     await frontend.setLogging(log);
     const flush: RequestSpec = { type: RequestType.flush };
     for (let done = 0; done < 2048; done += 128) {
       log.clear();
-      queue.submit(...Array.from({ length: 128 }, () => flush));
+      const requests = queue.submit(...Array.from({ length: 128 }, () => flush));
       const before = new Snapshot(frontend);
-      untilAnswered(queue, 128);
+      untilAnswered(frontend, requests);
       const marked = log.pages();
       expect(before.changed().filter((page) => !marked.has(page))).toEqual([]);
       while (queue.takeUsed() !== undefined);
     }
   });
 
-  it.each([FEATURES_KNOWN, FEATURES_KNOWN & ~mask(Feature.eventIdx)])(
-    'covers what a ring writes when it stops and when it starts (features %d)',
-    async (features) => {
-      serve();
-      const frontend = await connect({ features });
+  it.each([
+    ['split ring', { features: FEATURES_KNOWN }],
+    ['split ring without event indices', { features: WITHOUT_EVENTS }],
+    ['packed ring', { features: FEATURES_KNOWN, ...PACKED }],
+    ['packed ring without event indices', { features: WITHOUT_EVENTS, ...PACKED }],
+  ])('covers what a %s writes when it stops and when it starts', async (_what, options) => {
+    serve();
+    const frontend = await connect(options);
+    const { queue } = frontend;
+    const log = makeLog(frontend);
+    await frontend.setLogging(log);
+    await queue.flush();
+    log.clear();
+    const before = new Snapshot(frontend);
+    await frontend.stopQueue(queue);
+    expect(before.changed()).not.toEqual([]);
+    expect([...log.pages()]).toEqual(expect.arrayContaining(before.changed()));
+
+    log.clear();
+    // The log went with the stop: rings wait for a new one, as a QEMU gives it that starts the device again.
+    await frontend.startQueue(queue);
+    await frontend.setQueueAddresses(queue, queue.used);
+    const [request] = queue.submit({ type: RequestType.flush });
+    disk.settle();
+    expect(request!.completion ?? queue.takeUsed()).toBeUndefined();
+    expect(log.pages().size).toBe(0);
+    await frontend.setLogBase(log);
+    expect((await queue.completion(request!)).status).toBe(Status.ok);
+    const marked = log.pages();
+    expect(ringPages(queue).every((page) => marked.has(page))).toBe(true);
+  });
+
+  it.each(KINDS)(
+    'covers what was in flight when a %s ring is stopped, before its place is told',
+    async (_kind, packed) => {
+      serve(heldDisk());
+      const frontend = await connect({ packed });
       const { queue } = frontend;
       const log = makeLog(frontend);
       await frontend.setLogging(log);
-      await queue.flush();
+      const requests = queue.submit(read(0, 8192), read(64, 512));
+      disk.settle();
       log.clear();
       const before = new Snapshot(frontend);
-      await frontend.stopQueue(queue);
-      expect(before.changed()).not.toEqual([]);
-      expect([...log.pages()]).toEqual(expect.arrayContaining(before.changed()));
-
-      log.clear();
-      // The log went with the stop: rings wait for a new one, as a QEMU gives it that starts the device again.
-      await frontend.startQueue(queue);
-      await frontend.setQueueAddresses(queue, queue.used);
-      const [request] = queue.submit({ type: RequestType.flush });
-      disk.settle();
-      expect(request!.completion ?? queue.takeUsed()).toBeUndefined();
-      expect(log.pages().size).toBe(0);
-      await frontend.setLogBase(log);
-      expect((await queue.completion(request!)).status).toBe(Status.ok);
+      let isTold = false;
+      const stopping = frontend.stopQueue(queue).then(() => (isTold = true));
+      for (let i = 0; i < 20; i++) {
+        disk.step();
+        await setImmediate();
+      }
+      expect([isTold, before.changed()]).toEqual([false, []]);
+      disk.release();
+      await stopping;
+      const changed = before.changed();
       const marked = log.pages();
-      expect(usedPages(queue).every((page) => marked.has(page))).toBe(true);
+      expect(changed).toEqual(
+        expect.arrayContaining(requests.flatMap(({ pieces }) => pagesOf(pieces.at(-1)!.address, 1))),
+      );
+      expect(changed.filter((page) => !marked.has(page))).toEqual([]);
+      while (queue.takeUsed() !== undefined);
+      expect(requests.map(({ completion }) => completion?.status)).toEqual([Status.ok, Status.ok]);
     },
   );
 
-  it('goes on in a new log, and the old one is let go of', async () => {
-    serve();
-    const frontend = await connect();
-    const [first, second] = [makeLog(frontend), makeLog(frontend, { sizeBytes: LOG_BYTES + 8, offsetBytes: 8 })];
-    await frontend.setLogging(first);
-    const mapped = disk.rig.arena.usedBytes;
-    await frontend.setLogBase(second);
-    expect(disk.rig.arena.usedBytes).toBeLessThanOrEqual(mapped + 4096);
-    first.clear();
-    const [request] = frontend.queue.submit(read());
-    untilAnswered(frontend.queue, 1);
-    expect(first.pages().size).toBe(0);
-    expect([...second.pages()]).toEqual(expect.arrayContaining(writablePages([request!])));
-  });
+  it.each(KINDS)(
+    'of a %s ring goes on in a new log, also for what is in flight, and the old one is let go of',
+    async (_kind, packed) => {
+      serve(heldDisk());
+      const frontend = await connect({ packed });
+      const { queue } = frontend;
+      const [first, second] = [makeLog(frontend), makeLog(frontend, { sizeBytes: LOG_BYTES + 8, offsetBytes: 8 })];
+      await frontend.setLogging(first);
+      const mapped = disk.rig.arena.usedBytes;
+      const requests = queue.submit(read(0, 8192));
+      disk.settle();
+      await frontend.setLogBase(second);
+      expect(disk.rig.arena.usedBytes).toBeLessThanOrEqual(mapped + 4096);
+      first.clear();
+      second.clear();
+      disk.release();
+      expect(first.pages().size).toBe(0);
+      expect(second.pages()).toEqual(new Set([...writablePages(requests), ...ringPages(queue)]));
+    },
+  );
 
   it('that was asked for keeps rings from running until there is a log', async () => {
     serve();
