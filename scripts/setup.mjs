@@ -18,7 +18,7 @@ const readJson = (path) => JSON.parse(readFileSync(path, 'utf8'));
 /** The program each Debian package of the tool chain is needed for. */
 const BUILD_PACKAGES = { python3: 'python3', make: 'make', 'g++': 'g++' };
 /** Packages the tests need: the same list the guest image is made from. */
-const TEST_PACKAGES_FILE = at('scripts', 'guest', 'packages.json');
+const GUEST_PACKAGES_FILE = at('scripts', 'guest', 'packages.json');
 
 const ADDON = at('build', 'Release', 'strata.node');
 const PROGRAM = at('dist', 'src', 'target', 'strata.js');
@@ -73,7 +73,7 @@ function checkNode() {
 
 async function ensurePackages(forTests) {
   const missing = Object.keys(BUILD_PACKAGES).filter((name) => !isOnPath(BUILD_PACKAGES[name]));
-  if (forTests) missing.push(...readJson(TEST_PACKAGES_FILE).filter((name) => !isInstalled(name)));
+  if (forTests) missing.push(...[...readJson(GUEST_PACKAGES_FILE), 'prometheus'].filter((name) => !isInstalled(name)));
   // The tests download the guest's kernel by apt, which needs its lists even when every package is there.
   const needsLists = missing.length > 0 || (forTests && !hasPackageLists());
   if (!needsLists) return;
