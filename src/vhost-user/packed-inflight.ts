@@ -133,10 +133,11 @@ export class PackedInflight {
     const misfit = { fault: INFLIGHT_MISFIT, requests: [], available, used };
     const settled = this.#settle(ringSize, flagsAt);
     if (settled === null) return misfit;
-    const isFree = this.#clearFree();
-    if (isFree === null) return misfit;
-    const requests = this.#readRequests(ringSize, isFree);
-    if (requests === null) return misfit;
+    const belongs = this.#clearFree();
+    if (belongs === null) return misfit;
+    const requests = this.#readRequests(ringSize, belongs);
+    // Every entry is free or in flight: else the free list ends while there is room in the ring.
+    if (requests === null || belongs.includes(0)) return misfit;
     const taken = settled.index + requests.reduce((sum, { count }) => sum + count, 0);
     return {
       fault: null,
