@@ -64,6 +64,8 @@ export class HostileRegion {
   readonly #random: Random;
   readonly #mapping: number;
   readonly #file: Buffer;
+  /** As much as there can be beside the region, as it has to be. */
+  readonly #guards = Buffer.alloc(3 * PAGE_BYTES, GUARD);
   /** The region alone. */
   readonly #bytes: Buffer;
   readonly #partBytes: number;
@@ -149,9 +151,11 @@ export class HostileRegion {
   verify(): void {
     if (this.#isCut) return;
     const end = this.offset + this.sizeBytes;
-    const at = this.#file.findIndex((byte, i) => byte !== GUARD && (i < this.offset || i >= end));
-    if (at >= 0)
-      throw new Finding('memory', `byte ${at} of the file of an in-flight region of ${this.offset} to ${end}`);
+    for (const beside of [this.#file.subarray(0, this.offset), this.#file.subarray(end)]) {
+      if (beside.compare(this.#guards, 0, beside.length) === 0) continue;
+      const at = beside.byteOffset - this.#file.byteOffset + beside.findIndex((byte) => byte !== GUARD);
+      throw new Finding('memory', `byte ${at} of the file of an in-flight region from ${this.offset} to ${end}`);
+    }
   }
 
   close(): void {
