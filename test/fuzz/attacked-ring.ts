@@ -71,6 +71,8 @@ export abstract class AttackedRing<Kind extends string> {
   readonly told: RingParts;
   /** Where the device is to go on, for SET_VRING_BASE. */
   base = 0;
+  /** Entries that the in-flight region in force has for it. */
+  trackedMax = Infinity;
   protected offers: Offer[] = [];
   /** Nothing more is to be offered: what was last takes up what is left, or more. */
   protected isClosed = false;
@@ -118,9 +120,9 @@ export abstract class AttackedRing<Kind extends string> {
     }
   }
 
-  /** It lies where no ring can: the device does not start it. */
+  /** It lies where no ring can, or has no room in the in-flight region: the device does not start it. */
   get isAbsent(): boolean {
-    return this.told !== this.at;
+    return this.told !== this.at || this.size > this.trackedMax;
   }
 
   /** Descriptors that are free. */

@@ -117,10 +117,15 @@ export class HostileRegion {
     return isWrong;
   }
 
+  /** Makes all parts new: where rings go on is said elsewhere. */
+  clear(): void {
+    this.#bytes.fill(0, 0, QUEUES * this.#partBytes);
+  }
+
   /** Fills all parts, for rings that are about to start. */
   fill(rings: readonly TrackedRing[], memory: BurstMemory): void {
     const random = this.#random;
-    this.#bytes.fill(0, 0, QUEUES * this.#partBytes);
+    this.clear();
     for (const ring of rings) {
       const part = this.#part(ring.index);
       if (chance(random, 5)) continue;

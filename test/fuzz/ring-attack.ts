@@ -20,7 +20,8 @@ import type { RingCounters } from './attacked-ring.js';
 import { SplitRing } from './split-ring.js';
 
 const MODES: readonly BurstMode[] = ['race', 'wild', ...Array<'known'>(8).fill('known')];
-const TRACKED_MODES: readonly BurstMode[] = ['race', 'wild', 'tracked', 'tracked', 'tracked'];
+/** With an in-flight region; in `known` it is a new one, as front-ends give it. */
+const TRACKED_MODES: readonly BurstMode[] = ['race', 'wild', 'tracked', 'tracked', 'tracked', 'tracked', 'known'];
 /** How often memory is changed after the device has been told of the rings. */
 const MEDDLES = 200;
 
@@ -86,7 +87,7 @@ export class RingAttack {
     if (bases === undefined) this.#endedEarly();
     this.#rings.forEach((ring, i) => {
       const isBroken = native.eventfdDrain(this.#errors[ring.index]!) > 0;
-      if (isTracked) ring.lookTracked(bases[i]!);
+      if (isTracked && mode !== 'known') ring.lookTracked(bases[i]!);
       else ring.look(bases[i]!, isBroken);
     });
     this.#memory.verify(!this.#burst.isCareful);
@@ -114,7 +115,8 @@ export class RingAttack {
     const burst = this.#burst;
     burst.begin(mode);
     for (const ring of this.#rings) ring.fill();
-    this.#region?.fill(this.#rings, burst);
+    if (mode === 'known') this.#region?.clear();
+    else this.#region?.fill(this.#rings, burst);
     burst.snapshot();
     for (const ring of this.#rings) ring.allow();
   }
@@ -130,6 +132,7 @@ export class RingAttack {
         `an in-flight region with ${isWrong ? 'wrong' : 'right'} headers was ${isRefused ? 'refused' : 'taken'}`,
       );
     }
+    if (!isRefused) for (const ring of this.#rings) ring.trackedMax = region.queueSize;
   }
 
   /** A session whose memory is whole ends only when the front-end says so. */
