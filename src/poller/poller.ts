@@ -27,7 +27,7 @@ export interface Poller {
 export interface Timer {
   /** Position in the reactor's heap, -1 when not scheduled. Only the reactor writes it. */
   heapIndex: number;
-  /** Due time, `Clock.nowUs` scale. Only the reactor writes it. */
+  /** Due time, `Clock.nowUs` scale. Only the reactor writes it, but for `scheduleDue`. */
   dueUs: number;
   onTimer(): void;
 }

@@ -116,6 +116,11 @@ export class Reactor {
     this.#timers.schedule(timer, this.nowUs + delayUs);
   }
 
+  /** Schedules `timer`, which is not scheduled, as its `dueUs` says. For the data path: an argument would be boxed. */
+  scheduleDue(timer: Timer): void {
+    this.#timers.insert(timer);
+  }
+
   cancel(timer: Timer): void {
     this.#timers.cancel(timer);
   }

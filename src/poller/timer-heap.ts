@@ -16,17 +16,23 @@ export class TimerHeap {
   }
 
   schedule(timer: Timer, wantedUs: number): void {
-    const dueUs = Math.max(wantedUs, this.#earliestUs);
     if (timer.heapIndex < 0) {
-      timer.dueUs = dueUs;
-      this.#place(timer, this.#length++);
-      this.#up(timer.heapIndex);
+      timer.dueUs = wantedUs;
+      this.insert(timer);
       return;
     }
+    const dueUs = Math.max(wantedUs, this.#earliestUs);
     const sooner = dueUs < timer.dueUs;
     timer.dueUs = dueUs;
     if (sooner) this.#up(timer.heapIndex);
     else this.#down(timer.heapIndex);
+  }
+
+  /** Schedules a timer that is not scheduled, as its `dueUs` says. */
+  insert(timer: Timer): void {
+    if (timer.dueUs < this.#earliestUs) timer.dueUs = this.#earliestUs;
+    this.#place(timer, this.#length++);
+    this.#up(timer.heapIndex);
   }
 
   cancel(timer: Timer): void {

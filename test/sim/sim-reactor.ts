@@ -10,6 +10,11 @@ export class SimReactor extends Reactor {
     super.schedule(timer, delayUs);
   }
 
+  override scheduleDue(timer: Timer): void {
+    this.#timers.add(timer);
+    super.scheduleDue(timer);
+  }
+
   get timersDue(): number {
     return [...this.#timers].filter((timer) => timer.heapIndex >= 0).length;
   }

@@ -4,12 +4,13 @@
  */
 import assert from 'node:assert/strict';
 import type { Reactor } from '../../src/poller/reactor.js';
-import type { Bdev, BdevConfig, BdevContext, BdevLimits, BdevModule, IoChannel } from '../../src/bdev/bdev.js';
+import type { Bdev, BdevContext, BdevLimits, BdevModule, IoChannel } from '../../src/bdev/bdev.js';
 import { IoFlag, IoStatus, IoType } from '../../src/bdev/bdev-io.js';
 import type { BdevIo } from '../../src/bdev/bdev-io.js';
-import type { BdevSize } from '../../src/bdev/bdev-size.js';
+import { FilterBdev } from '../../src/bdev/filter-bdev.js';
+import type { FilterConfig } from '../../src/bdev/filter-bdev.js';
 
-export interface LimitedConfig extends BdevConfig {
+export interface LimitedConfig extends FilterConfig {
   readonly module: 'limited';
   readonly base: string;
   readonly limits: Partial<BdevLimits>;
@@ -79,66 +80,37 @@ function checkTransfer(io: BdevIo, limits: BdevLimits): void {
   assert.equal(firstPart, lastPart, 'a transfer across a boundary');
 }
 
-export class LimitedBdev implements Bdev {
-  readonly name: string;
-  readonly uuid: string;
-  readonly moduleName = 'limited';
-  readonly blockSizeBytes: number;
-  readonly size: BdevSize;
-  readonly readOnly: boolean;
-  readonly supportsFua: boolean;
-  readonly limits: BdevLimits;
-  readonly bases: readonly Bdev[];
+export class LimitedBdev extends FilterBdev {
   /** Requests taken, by IoType. */
   readonly taken = [0, 0, 0, 0, 0, 0];
   readonly without: ReadonlySet<string>;
-  readonly #base: Bdev;
-  readonly #context: BdevContext;
 
   constructor(config: LimitedConfig, context: BdevContext) {
-    const base = context.base(config.base, 'base');
-    this.name = config.name;
-    this.uuid = config.uuid ?? '';
-    this.blockSizeBytes = base.blockSizeBytes;
-    this.size = base.size;
-    this.readOnly = config.readOnly || base.readOnly;
-    this.supportsFua = base.supportsFua && !config.without.includes('fua');
-    this.limits = { ...base.limits, ...config.limits };
-    this.bases = [base];
-    this.#base = base;
+    super(config, context, (base) => ({
+      readOnly: config.readOnly || base.readOnly,
+      supportsFua: base.supportsFua && !config.without.includes('fua'),
+      limits: { ...base.limits, ...config.limits },
+    }));
     this.without = new Set(config.without);
-    this.#context = context;
   }
 
-  get blockCount(): number {
-    return this.size.blockCount;
-  }
-
-  supports(type: IoType): boolean {
+  override supports(type: IoType): boolean {
     switch (type) {
       case IoType.reset:
         return true;
       case IoType.flush:
-        return !this.without.has('flush') && this.#base.supports(type);
+        return !this.without.has('flush') && this.base.supports(type);
       case IoType.discard:
-        return !this.without.has('discard') && this.#base.supports(type);
+        return !this.without.has('discard') && this.base.supports(type);
       case IoType.writeZeroes:
-        return !this.without.has('writeZeroes') && this.#base.supports(type);
+        return !this.without.has('writeZeroes') && this.base.supports(type);
       default:
-        return this.#base.supports(type);
+        return this.base.supports(type);
     }
   }
 
   openChannel(reactor: Reactor): IoChannel {
-    return new LimitedChannel(this, this.#context.open(this.#base), reactor);
-  }
-
-  describe(): Record<string, unknown> {
-    return { base: this.#base.name };
-  }
-
-  destroy(): void {
-    // The base has an owner of its own.
+    return new LimitedChannel(this, this.context.open(this.base), reactor);
   }
 }
 

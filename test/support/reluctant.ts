@@ -5,12 +5,13 @@
 import { PollPhase } from '../../src/poller/poller.js';
 import type { Poller } from '../../src/poller/poller.js';
 import type { Reactor } from '../../src/poller/reactor.js';
-import type { Bdev, BdevConfig, BdevContext, BdevLimits, BdevModule, IoChannel } from '../../src/bdev/bdev.js';
+import type { BdevContext, BdevModule, IoChannel } from '../../src/bdev/bdev.js';
 import { IoQueue, IoStatus, IoType } from '../../src/bdev/bdev-io.js';
 import type { BdevIo, IoOwner } from '../../src/bdev/bdev-io.js';
-import type { BdevSize } from '../../src/bdev/bdev-size.js';
+import { FilterBdev } from '../../src/bdev/filter-bdev.js';
+import type { FilterConfig } from '../../src/bdev/filter-bdev.js';
 
-export interface ReluctantConfig extends BdevConfig {
+export interface ReluctantConfig extends FilterConfig {
   readonly module: 'reluctant';
   readonly base: string;
   /** Every second request, at once or a step later; beyond `capacity`, at once; or each a step later, then all but one a step. */
@@ -101,54 +102,17 @@ class ReluctantChannel implements IoChannel, IoOwner, Poller {
   }
 }
 
-export class ReluctantBdev implements Bdev {
-  readonly name: string;
-  readonly uuid: string;
-  readonly moduleName = 'reluctant';
-  readonly blockSizeBytes: number;
-  readonly size: BdevSize;
-  readonly readOnly: boolean;
-  readonly supportsFua: boolean;
-  readonly limits: BdevLimits;
-  readonly bases: readonly Bdev[];
+export class ReluctantBdev extends FilterBdev {
   readonly journal: Attempt[] = [];
   readonly config: ReluctantConfig;
-  readonly #base: Bdev;
-  readonly #context: BdevContext;
 
   constructor(config: ReluctantConfig, context: BdevContext) {
-    const base = context.base(config.base, 'base');
-    this.name = config.name;
-    this.uuid = config.uuid ?? '';
-    this.blockSizeBytes = base.blockSizeBytes;
-    this.size = base.size;
-    this.readOnly = base.readOnly;
-    this.supportsFua = base.supportsFua;
-    this.limits = base.limits;
-    this.bases = [base];
+    super(config, context);
     this.config = config;
-    this.#base = base;
-    this.#context = context;
-  }
-
-  get blockCount(): number {
-    return this.size.blockCount;
-  }
-
-  supports(type: IoType): boolean {
-    return type === IoType.reset || this.#base.supports(type);
   }
 
   openChannel(reactor: Reactor): IoChannel {
-    return new ReluctantChannel(this, this.#context.open(this.#base), reactor);
-  }
-
-  describe(): Record<string, unknown> {
-    return { base: this.#base.name };
-  }
-
-  destroy(): void {
-    // The base has an owner of its own.
+    return new ReluctantChannel(this, this.context.open(this.base), reactor);
   }
 }
 

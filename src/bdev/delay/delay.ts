@@ -9,16 +9,14 @@
  */
 import type { Timer } from '../../poller/poller.js';
 import type { Reactor } from '../../poller/reactor.js';
-import type { Bdev, BdevConfig, BdevContext, BdevLimits, BdevModule, IoChannel, UseGuard } from '../bdev.js';
-import { unlimited } from '../bdev.js';
+import type { BdevContext, BdevModule, IoChannel } from '../bdev.js';
 import { IoStatus, IoType } from '../bdev-io.js';
 import type { BdevIo, IoOwner } from '../bdev-io.js';
-import type { BdevSize } from '../bdev-size.js';
+import { FilterBdev, wholeRequests } from '../filter-bdev.js';
+import type { FilterConfig } from '../filter-bdev.js';
 
-export interface DelayConfig extends BdevConfig {
+export interface DelayConfig extends FilterConfig {
   readonly module: 'delay';
-  /** Name of the bdev below. */
-  readonly base: string;
   readonly readUs: number;
   /** For writes and writeZeroes. */
   readonly writeUs: number;
@@ -75,9 +73,8 @@ class DelayChannel implements IoChannel, IoOwner {
       io.complete(io.status, io.errno);
       return;
     }
-    let delayUs = this.#delaysUs[io.type]!;
-    if (this.#jitterUs > 0) delayUs += this.#reactor.random.below(this.#jitterUs);
-    if (delayUs > 0) this.#hold(io, delayUs);
+    const jitterUs = this.#jitterUs > 0 ? this.#reactor.random.below(this.#jitterUs) : 0;
+    if (this.#delaysUs[io.type]! + jitterUs > 0) this.#hold(io, jitterUs);
     else io.complete(io.status, io.errno);
   }
 
@@ -93,14 +90,16 @@ class DelayChannel implements IoChannel, IoOwner {
     return io;
   }
 
-  #hold(io: BdevIo, delayUs: number): void {
+  /** @param jitterUs an integer */
+  #hold(io: BdevIo, jitterUs: number): void {
     let timer = this.#freeTimers.pop();
     if (timer === undefined) {
       timer = new HeldIo(this);
       this.#timers.push(timer);
     }
     timer.io = io;
-    this.#reactor.schedule(timer, delayUs);
+    timer.dueUs = this.#reactor.nowUs + this.#delaysUs[io.type]! + jitterUs;
+    this.#reactor.scheduleDue(timer);
   }
 
   #abortHeld(): void {
@@ -114,65 +113,25 @@ class DelayChannel implements IoChannel, IoOwner {
   }
 }
 
-class DelayBdev implements Bdev {
-  readonly name: string;
-  readonly uuid: string;
-  readonly moduleName = 'delay';
-  readonly blockSizeBytes: number;
-  readonly size: BdevSize;
-  readonly guard: UseGuard | undefined;
-  readonly readOnly: boolean;
-  readonly supportsFua: boolean;
-  readonly limits: BdevLimits;
-  readonly bases: readonly Bdev[];
-  readonly #base: Bdev;
+class DelayBdev extends FilterBdev {
   readonly #config: DelayConfig;
-  readonly #context: BdevContext;
 
   constructor(config: DelayConfig, context: BdevContext) {
-    const base = context.base(config.base, 'base');
-    this.name = config.name;
-    this.uuid = config.uuid ?? '';
-    this.blockSizeBytes = base.blockSizeBytes;
-    this.size = base.size;
-    this.guard = base.guard;
-    this.readOnly = base.readOnly;
-    this.supportsFua = base.supportsFua;
     // Requests are split below, so that each is delayed once and not by piece.
-    this.limits = {
-      ...unlimited(base.blockSizeBytes),
-      optimalIoBytes: base.limits.optimalIoBytes,
-      physicalBlockBytes: base.limits.physicalBlockBytes,
-      discardGranularityBytes: base.limits.discardGranularityBytes,
-    };
-    this.bases = [base];
-    this.#base = base;
+    super(config, context, (base) => ({ limits: wholeRequests(base) }));
     this.#config = config;
-    this.#context = context;
-  }
-
-  get blockCount(): number {
-    return this.size.blockCount;
-  }
-
-  supports(type: IoType): boolean {
-    return type === IoType.reset || this.#base.supports(type);
   }
 
   openChannel(reactor: Reactor): IoChannel {
     const { readUs, writeUs, flushUs, discardUs, jitterUs } = this.#config;
     // In the order of IoType.
     const delaysUs = Float64Array.of(readUs, writeUs, flushUs, discardUs, writeUs, 0);
-    return new DelayChannel(this.#context.open(this.#base), reactor, delaysUs, jitterUs);
+    return new DelayChannel(this.context.open(this.base), reactor, delaysUs, jitterUs);
   }
 
-  describe(): Record<string, unknown> {
+  override describe(): Record<string, unknown> {
     const { base, readUs, writeUs, flushUs, discardUs, jitterUs } = this.#config;
     return { base, readUs, writeUs, flushUs, discardUs, jitterUs };
-  }
-
-  destroy(): void {
-    // The base has an owner of its own.
   }
 }
 

@@ -9,11 +9,12 @@
  */
 import { WINDOW_MASK, WINDOW_SCALE } from '../../../native/index.js';
 import type { Reactor } from '../../poller/reactor.js';
-import type { Bdev, BdevConfig, BdevContext, BdevLimits, BdevModule, IoChannel, UseGuard } from '../bdev.js';
-import { BdevError, unlimited } from '../bdev.js';
+import type { BdevContext, BdevModule, IoChannel } from '../bdev.js';
+import { BdevError } from '../bdev.js';
 import { IoQueue, IoStatus, IoType } from '../bdev-io.js';
 import type { BdevIo, IoOwner } from '../bdev-io.js';
-import type { BdevSize } from '../bdev-size.js';
+import { FilterBdev, wholeRequests } from '../filter-bdev.js';
+import type { FilterConfig } from '../filter-bdev.js';
 
 /** What happens to a request that a rule picks. */
 export type ErrorAction =
@@ -44,10 +45,8 @@ export interface ErrorRule {
   readonly probability?: number | undefined;
 }
 
-export interface ErrorConfig extends BdevConfig {
+export interface ErrorConfig extends FilterConfig {
   readonly module: 'error';
-  /** Name of the bdev below. */
-  readonly base: string;
   readonly rules: readonly ErrorRule[];
 }
 
@@ -168,42 +167,14 @@ class ErrorChannel implements IoChannel, IoOwner {
   }
 }
 
-export class ErrorBdev implements Bdev {
-  readonly name: string;
-  readonly uuid: string;
-  readonly moduleName = 'error';
-  readonly blockSizeBytes: number;
-  readonly size: BdevSize;
-  readonly guard: UseGuard | undefined;
-  readonly readOnly: boolean;
-  readonly supportsFua: boolean;
-  readonly limits: BdevLimits;
-  readonly bases: readonly Bdev[];
-  readonly #base: Bdev;
-  readonly #context: BdevContext;
+export class ErrorBdev extends FilterBdev {
   readonly #channels: ErrorChannel[] = [];
   #rules: readonly ErrorRule[] = [];
   #states: RuleState[] = [];
 
   constructor(config: ErrorConfig, context: BdevContext) {
-    const base = context.base(config.base, 'base');
-    this.name = config.name;
-    this.uuid = config.uuid ?? '';
-    this.blockSizeBytes = base.blockSizeBytes;
-    this.size = base.size;
-    this.guard = base.guard;
-    this.readOnly = base.readOnly;
-    this.supportsFua = base.supportsFua;
     // Requests are split below, so that the rules count what the consumer asked for.
-    this.limits = {
-      ...unlimited(base.blockSizeBytes),
-      optimalIoBytes: base.limits.optimalIoBytes,
-      physicalBlockBytes: base.limits.physicalBlockBytes,
-      discardGranularityBytes: base.limits.discardGranularityBytes,
-    };
-    this.bases = [base];
-    this.#base = base;
-    this.#context = context;
+    super(config, context, (base) => ({ limits: wholeRequests(base) }));
     this.setRules(config.rules);
   }
 
@@ -246,26 +217,14 @@ export class ErrorBdev implements Bdev {
     this.#channels.splice(this.#channels.indexOf(channel), 1);
   }
 
-  get blockCount(): number {
-    return this.size.blockCount;
-  }
-
-  supports(type: IoType): boolean {
-    return type === IoType.reset || this.#base.supports(type);
-  }
-
   openChannel(reactor: Reactor): IoChannel {
-    const channel = new ErrorChannel(this, this.#context.open(this.#base), reactor);
+    const channel = new ErrorChannel(this, this.context.open(this.base), reactor);
     this.#channels.push(channel);
     return channel;
   }
 
-  describe(): Record<string, unknown> {
-    return { base: this.#base.name, rules: this.#rules, hanging: this.hanging };
-  }
-
-  destroy(): void {
-    // The base has an owner of its own.
+  override describe(): Record<string, unknown> {
+    return { base: this.base.name, rules: this.#rules, hanging: this.hanging };
   }
 }
 

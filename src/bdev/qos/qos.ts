@@ -7,21 +7,20 @@
  * - A reset gives back what waits as aborted.
  */
 import type { Reactor } from '../../poller/reactor.js';
-import type { Bdev, BdevConfig, BdevContext, BdevLimits, BdevModule, IoChannel, UseGuard } from '../bdev.js';
-import { BdevError, unlimited } from '../bdev.js';
+import type { BdevContext, BdevModule, IoChannel } from '../bdev.js';
+import { BdevError } from '../bdev.js';
 import { IoStatus, IoType } from '../bdev-io.js';
 import type { BdevIo } from '../bdev-io.js';
-import type { BdevSize } from '../bdev-size.js';
+import { FilterBdev, wholeRequests } from '../filter-bdev.js';
+import type { FilterConfig } from '../filter-bdev.js';
 import { FairGroup, QosMember } from './fair-group.js';
 import { Direction } from './token-buckets.js';
 import type { QosLimits } from './token-buckets.js';
 
 export type { QosLimits } from './token-buckets.js';
 
-export interface QosConfig extends BdevConfig, QosLimits {
+export interface QosConfig extends FilterConfig, QosLimits {
   readonly module: 'qos';
-  /** Name of the bdev below. */
-  readonly base: string;
   /** Disks of the same group on the same reactor share its limits evenly; they must name the same ones. null: this disk alone. */
   readonly group: string | null;
 }
@@ -77,41 +76,13 @@ class QosChannel implements IoChannel {
   }
 }
 
-export class QosBdev implements Bdev {
-  readonly name: string;
-  readonly uuid: string;
-  readonly moduleName = 'qos';
-  readonly blockSizeBytes: number;
-  readonly size: BdevSize;
-  readonly guard: UseGuard | undefined;
-  readonly readOnly: boolean;
-  readonly supportsFua: boolean;
-  readonly limits: BdevLimits;
-  readonly bases: readonly Bdev[];
-  readonly #base: Bdev;
-  readonly #context: BdevContext;
+export class QosBdev extends FilterBdev {
   readonly #groupName: string | null;
   readonly #group: FairGroup;
 
   constructor(config: QosConfig, context: BdevContext) {
-    const base = context.base(config.base, 'base');
-    this.name = config.name;
-    this.uuid = config.uuid ?? '';
-    this.blockSizeBytes = base.blockSizeBytes;
-    this.size = base.size;
-    this.guard = base.guard;
-    this.readOnly = base.readOnly;
-    this.supportsFua = base.supportsFua;
     // Requests are split below, so that what counts is what the consumer asked for.
-    this.limits = {
-      ...unlimited(base.blockSizeBytes),
-      optimalIoBytes: base.limits.optimalIoBytes,
-      physicalBlockBytes: base.limits.physicalBlockBytes,
-      discardGranularityBytes: base.limits.discardGranularityBytes,
-    };
-    this.bases = [base];
-    this.#base = base;
-    this.#context = context;
+    super(config, context, (base) => ({ limits: wholeRequests(base) }));
     this.#groupName = config.group;
     this.#group = joinGroup(config, context.reactor);
   }
@@ -126,25 +97,17 @@ export class QosBdev implements Bdev {
     this.#group.setLimits(onlyLimits(limits));
   }
 
-  get blockCount(): number {
-    return this.size.blockCount;
-  }
-
-  supports(type: IoType): boolean {
-    return type === IoType.reset || this.#base.supports(type);
-  }
-
   openChannel(_reactor: Reactor): IoChannel {
-    return new QosChannel(this.#context.open(this.#base), this.#group);
+    return new QosChannel(this.context.open(this.base), this.#group);
   }
 
-  describe(): Record<string, unknown> {
-    return { base: this.#base.name, group: this.#groupName, ...this.#group.limits };
+  override describe(): Record<string, unknown> {
+    return { base: this.base.name, group: this.#groupName, ...this.#group.limits };
   }
 
-  destroy(): void {
+  override destroy(): void {
     if (--this.#group.users > 0 || this.#groupName === null) return;
-    groupsOf.get(this.#context.reactor)!.delete(this.#groupName);
+    groupsOf.get(this.context.reactor)!.delete(this.#groupName);
   }
 }
 
