@@ -4,13 +4,13 @@
  * The guest runs from memory (scripts/guest-image.ts) and obeys over a virtio-serial port, so its disks are wholly the
  * test's. Every failure carries the guest's console and QEMU's stderr. A Guest must be disposed; killing it is fine.
  */
-import { existsSync, mkdtempSync, rmSync } from 'node:fs';
+import { closeSync, mkdtempSync, openSync, readSync, readdirSync, readlinkSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { setTimeout } from 'node:timers/promises';
 import { guestImage } from '../../scripts/guest-image.js';
 import { Agent, type CommandResult } from './agent.js';
-import { Child, waitUntil } from './child.js';
+import { Child } from './child.js';
 import { Monitor } from './monitor.js';
 
 /** A disk as QEMU's vhost-user-blk-pci device sees it; what is left out is QEMU's default. */
@@ -33,12 +33,15 @@ export interface GuestDiskOptions {
 
 export interface GuestOptions {
   readonly disks: readonly GuestDiskOptions[];
-  /** Above 2048 the machine splits its memory in two regions, the second one above 4 GiB. */
+  /** Above 2048 the machine splits its memory in two regions, the second one above 4 GiB. QEMU takes steps of 8 KiB. */
   readonly memoryMib?: number;
   readonly smp?: number;
   /** Memory that may be plugged in later: slots for it are there then. */
   readonly maxMemoryMib?: number;
-  /** The guest comes from another QEMU, by a socket there: see `migrateTo`. It has the same disks, memory and processors. */
+  /**
+   * The guest comes from another QEMU, by a socket there: see `migrated`. It has the same disks, memory and processors, and does not
+   * run before `resume`.
+   */
   readonly incomingPath?: string;
 }
 
@@ -53,6 +56,8 @@ export interface RunOptions {
   readonly timeoutMs?: number;
 }
 
+const MIB = 2 ** 20;
+const PAGE_BYTES = 4096;
 const BOOT_TIMEOUT_MS = 120_000;
 const RUN_TIMEOUT_MS = 60_000;
 const SHUTDOWN_TIMEOUT_MS = 20_000;
@@ -72,8 +77,8 @@ export async function bootGuest(options: GuestOptions): Promise<Guest> {
   const qmpPath = join(directory, 'qmp');
   const slots = maxMemoryMib === undefined ? '' : `,slots=4,maxmem=${maxMemoryMib}M`;
   const qemu = new Child('qemu-system-x86_64', [
-    ...['-accel', 'tcg,thread=multi', '-cpu', 'max', '-smp', String(smp), '-m', `${memoryMib}M${slots}`],
-    ...['-object', `memory-backend-memfd,id=memory,size=${memoryMib}M,share=on`],
+    ...['-accel', 'tcg,thread=multi', '-cpu', 'max', '-smp', String(smp), '-m', `${memoryMib * 1024}K${slots}`],
+    ...['-object', `memory-backend-memfd,id=memory,size=${memoryMib * 1024}K,share=on`],
     ...['-machine', 'q35,memory-backend=memory,usb=off'],
     ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
     ...['-kernel', kernelPath, '-initrd', initramfsPath],
@@ -82,7 +87,7 @@ export async function bootGuest(options: GuestOptions): Promise<Guest> {
     ...['-chardev', `socket,id=agent,path=${agentPath}`, '-device', 'virtio-serial-pci,addr=0x2'],
     ...['-device', 'virtserialport,chardev=agent,name=strata.agent'],
     ...['-qmp', `unix:${qmpPath},server=on,wait=off`],
-    ...(incomingPath === undefined ? [] : ['-incoming', `unix:${incomingPath}`]),
+    ...(incomingPath === undefined ? [] : ['-S', '-incoming', `unix:${incomingPath}`]),
     ...options.disks.flatMap(diskArguments),
   ]);
   const guest = new Guest(qemu, agent, directory, options.disks);
@@ -148,11 +153,18 @@ export class Guest implements AsyncDisposable {
     return this.#qemu.pid;
   }
 
-  /** Opens QEMU's monitor. */
+  /** Opens QEMU's monitor. Its socket is there a moment before QEMU listens on it. */
   async connectMonitor(path: string): Promise<void> {
-    await waitUntil(() => existsSync(path) || !this.#qemu.running, BOOT_TIMEOUT_MS);
-    if (!this.#qemu.running) throw this.#failure('QEMU did not start');
-    this.#monitor = await Monitor.connect(path);
+    const deadline = performance.now() + BOOT_TIMEOUT_MS;
+    while (this.#monitor === undefined) {
+      if (!this.#qemu.running || performance.now() > deadline) throw this.#failure('QEMU did not start');
+      try {
+        this.#monitor = await Monitor.connect(path);
+      } catch (error) {
+        if (!['ENOENT', 'ECONNREFUSED'].includes((error as NodeJS.ErrnoException).code ?? '')) throw error;
+        await setTimeout(20);
+      }
+    }
   }
 
   /** Runs a command of QEMU's monitor. Throws Error with its answer when it fails. */
@@ -165,19 +177,44 @@ export class Guest implements AsyncDisposable {
     return (await this.qmp('query-migrate')) as MigrationState;
   }
 
-  /** Waits until the migration has completed; the guest runs in `destination` then, this one is stopped. */
-  async migrated(destination: Guest, timeoutMs: number): Promise<MigrationState> {
+  /** Waits until the migration has completed; the guest is in both then, and stopped in both. */
+  async migrated(destination: Guest, timeoutMs: number): Promise<void> {
     const deadline = performance.now() + timeoutMs;
     for (;;) {
       const state = await this.migration();
-      if (state.status === 'completed') {
+      if (state.status === 'completed' && !(await destination.#isIncoming())) {
         destination.#disks = this.#disks;
-        return state;
+        return;
       }
       if (state.status === 'failed' || performance.now() > deadline) {
         throw destination.#failure(this.#failure(`The migration is ${JSON.stringify(state)}`).message);
       }
       await setTimeout(50);
+    }
+  }
+
+  /** Lets a guest that came from elsewhere run. */
+  async resume(): Promise<void> {
+    await this.qmp('cont');
+  }
+
+  /** Addresses of the pages whose content differs from that of the same guest in another QEMU; both are stopped. */
+  differingPages(other: Guest): number[] {
+    const files = [this.#openMemory(), other.#openMemory()] as const;
+    try {
+      const differing: number[] = [];
+      const [ours, theirs] = [Buffer.alloc(MIB), Buffer.alloc(MIB)];
+      for (let at = 0; ; at += MIB) {
+        const length = readSync(files[0], ours, 0, MIB, at);
+        if (length !== readSync(files[1], theirs, 0, MIB, at)) throw new Error('the memories differ in size');
+        if (length === 0) return differing;
+        if (ours.equals(theirs)) continue;
+        for (let page = 0; page < length; page += PAGE_BYTES) {
+          if (ours.compare(theirs, page, page + PAGE_BYTES, page, page + PAGE_BYTES) !== 0) differing.push(at + page);
+        }
+      }
+    } finally {
+      for (const fd of files) closeSync(fd);
     }
   }
 
@@ -238,6 +275,19 @@ export class Guest implements AsyncDisposable {
     rmSync(this.#directory, { recursive: true, force: true });
   }
 
+  /** Whether it is still on its way from another QEMU. */
+  async #isIncoming(): Promise<boolean> {
+    return ((await this.qmp('query-status')) as { status: string }).status === 'inmigrate';
+  }
+
+  /** Opens the file that is the guest's memory. */
+  #openMemory(): number {
+    const folder = `/proc/${this.pid}/fd`;
+    const name = readdirSync(folder).find((fd) => linkTarget(join(folder, fd)).startsWith('/memfd:memory-backend'));
+    if (name === undefined) throw this.#failure('QEMU has no memory of its guest open');
+    return openSync(join(folder, name), 'r');
+  }
+
   async #within<T>(timeoutMs: number, what: string, result: Promise<T>): Promise<T> {
     let timer: NodeJS.Timeout | undefined;
     const timeout = new Promise<never>((_resolve, reject) => {
@@ -258,6 +308,15 @@ export class Guest implements AsyncDisposable {
     return new Error(
       [message, section('QEMU stderr', this.#qemu.stderr), section('guest console', this.console), ...logs].join(''),
     );
+  }
+}
+
+/** What a descriptor of another process is open on; nothing when it was closed meanwhile. */
+function linkTarget(path: string): string {
+  try {
+    return readlinkSync(path);
+  } catch {
+    return '';
   }
 }
 
