@@ -29,6 +29,7 @@ export interface BenchOptions {
   readonly fio: boolean;
   readonly idle: boolean;
   readonly inflight: boolean;
+  readonly restart: boolean;
 }
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
@@ -64,6 +65,10 @@ export function parseOptions(): BenchOptions {
     .option('--quick', 'a smoke test: few points, short, small')
     .option('--idle', 'measure idle daemons instead')
     .option('--inflight', 'measure what it costs to track requests in flight instead (not on raw disks)')
+    .option(
+      '--restart',
+      'measure how long a guest waits while Strata is killed and started again, once a round, instead',
+    )
     .parse();
   const given = program.opts<BenchOptions & { readonly quick?: boolean }>();
   if (given.quick !== true) return given;

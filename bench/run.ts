@@ -19,6 +19,7 @@ import { parseOptions } from './options.js';
 import type { BenchOptions } from './options.js';
 import { requireProgram, requireSyscallCounter } from './process-cost.js';
 import { renderReport } from './report.js';
+import { measureRestart, renderRestart } from './restart.js';
 import type { RunFacts } from './report.js';
 import type { PointResult } from './scenario.js';
 import { requireStrata } from './targets.js';
@@ -93,14 +94,19 @@ async function runInflight(directory: string, options: BenchOptions): Promise<vo
   console.log(renderInflight(results));
 }
 
+async function runRestart(directory: string, options: BenchOptions): Promise<void> {
+  console.log(renderRestart(await measureRestart(directory, options.rounds)));
+}
+
 async function main(): Promise<void> {
   const options = parseOptions();
   const directory = mkdtempSync(join(tmpdir(), 'strata-bench-'));
   process.on('exit', () => rmSync(directory, { recursive: true, force: true }));
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => process.exit(INTERRUPTED));
   await requirePrograms(options);
-  check(native.threadSetAffinity(options.clientCore), `run on core ${options.clientCore}`);
-  const run = options.idle ? runIdle : options.inflight ? runInflight : runMatrix;
+  // A guest that waits leaves its core to the daemon.
+  if (!options.restart) check(native.threadSetAffinity(options.clientCore), `run on core ${options.clientCore}`);
+  const run = options.restart ? runRestart : options.idle ? runIdle : options.inflight ? runInflight : runMatrix;
   await run(directory, options);
 }
 

@@ -30,7 +30,7 @@ export interface DaemonOptions {
   readonly inflight?: boolean;
 }
 
-const PROGRAM = fileURLToPath(new URL('../dist/src/target/strata-vhost-user-blk.js', import.meta.url));
+export const PROGRAM = fileURLToPath(new URL('../dist/src/target/strata-vhost-user-blk.js', import.meta.url));
 const START_TIMEOUT_MS = 15_000;
 const STOP_GRACE_MS = 10_000;
 const QUEUE_SIZE = 256;
