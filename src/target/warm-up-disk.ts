@@ -12,8 +12,8 @@ import type { Reactor } from '../poller/reactor.js';
 import { warmUp } from '../vhost-user/warm-up.js';
 
 const DISK_BYTES = 1024 * 1024;
-/** Per disk. Enough for the optimising compiler to have been at most of it; guests wait for more when a daemon is started again. */
-const REQUESTS = 2_500;
+/** Per disk. Enough for all of it to have run often, and for some to be compiled; guests wait for more when a daemon is started again. */
+const REQUESTS = 1_000;
 
 export function warmUpReactor(reactor: Reactor): void {
   const fd = check(native.memfdCreate('strata-warm-up', DISK_BYTES), 'create a disk to warm up with');

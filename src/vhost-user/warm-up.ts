@@ -42,7 +42,7 @@ const MIX = [
   BlkType.out, BlkType.in, BlkType.getId, BlkType.out, BlkType.in, BlkType.out, BlkType.in, 99,
 ]; // prettier-ignore
 
-const IDLE_STEPS = 1_000;
+const IDLE_STEPS = 200;
 
 /** Steps that a request may take before it counts as lost. */
 const STEPS_MAX = 1_000_000;
