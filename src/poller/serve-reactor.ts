@@ -40,11 +40,7 @@ export function serveReactor(
   const parts: Parts = { arena, ring: new Uring(arena), clock, random };
   warmUp(new Reactor({ ...parts, name: 'warm-up', mode: 'adaptive', pollUs: 0 }));
   if (parentPort === null) serve(parts, processLine(), makeHandlers);
-  else
-    threadLine(parentPort, (line) => {
-      if (line === null) parts.ring.close();
-      else serve(parts, line, makeHandlers);
-    });
+  else threadLine(parentPort, (line) => serve(parts, line, makeHandlers));
 }
 
 function serve(parts: Parts, line: Line, makeHandlers: (host: ReactorHost) => ReactorHandlers): void {
@@ -68,13 +64,11 @@ function serve(parts: Parts, line: Line, makeHandlers: (host: ReactorHost) => Re
   setImmediate(loop);
 }
 
-/** @param then is given the line as soon as it is known what the thread is for: null, for nothing */
-function threadLine(port: MessagePort, then: (line: Line | null) => void): void {
+/** @param then is given the line as soon as it is known what the thread is for */
+function threadLine(port: MessagePort, then: (line: Line) => void): void {
   const post = (message: Reply | Notice): void => port.postMessage(message);
   const listen = (onRequest: (request: Request) => void): void => void port.on('message', onRequest);
-  port.once('message', (data: ThreadData | null) =>
-    then(data === null ? null : { ...data, isIsolated: false, post, listen }),
-  );
+  port.once('message', (data: ThreadData) => then({ ...data, isIsolated: false, post, listen }));
 }
 
 function processLine(): Line {

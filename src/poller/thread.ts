@@ -9,7 +9,7 @@ import { REACTOR_STAT_COUNT } from './reactor.js';
 import { RemoteReactor } from './remote-reactor.js';
 import type { Notice, RemoteReactorOptions, Reply, Request } from './remote-reactor.js';
 
-/** The first message to the thread: what it is, or null when it is not needed. */
+/** The first message to the thread: what it is. */
 export interface ThreadData {
   readonly options: RemoteReactorOptions;
   readonly stats: Float64Array;
@@ -27,7 +27,6 @@ export class ReactorThread extends RemoteReactor {
    * @param entry module that calls `serveReactor`
    */
   static prepare(entry: URL): void {
-    ReactorThread.dropPrepared();
     const worker = new Worker(entry);
     worker.unref();
     // The next one will fail likewise, with somebody to tell.
@@ -35,12 +34,6 @@ export class ReactorThread extends RemoteReactor {
       if (ReactorThread.#prepared?.worker === worker) ReactorThread.#prepared = null;
     });
     ReactorThread.#prepared = { entry, worker };
-  }
-
-  /** No reactor will take it. It ends by itself: what is ended in the middle of a native call takes the process along. */
-  static dropPrepared(): void {
-    ReactorThread.#prepared?.worker.postMessage(null);
-    ReactorThread.#prepared = null;
   }
 
   /** @param entry module that calls `serveReactor` */

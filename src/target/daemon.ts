@@ -131,7 +131,6 @@ export class Daemon {
   async start(): Promise<void> {
     try {
       for (const plan of planReactors(this.config)) this.reactors.push(this.#startReactor(plan));
-      ReactorThread.dropPrepared();
       await this.#createAll();
       await this.#listenAll();
       for (const { isolation } of this.reactors) isolation?.supervisor.serving();

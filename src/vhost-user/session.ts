@@ -660,7 +660,8 @@ export class Session {
     this.#inflightRegion?.close();
     this.#inflightRegion = region;
     // What the guest relies on counts, not how this process was configured.
-    if (region.writeback !== null) this.#device.writeback = region.writeback;
+    const { writeback } = region;
+    if (writeback !== null) this.#device.writeback = writeback;
     else region.keepWriteback(this.#device.writeback);
     for (const vring of this.vrings) vring.inflightRegion = region;
   }

@@ -98,7 +98,7 @@ export const MUTATIONS: readonly Mutation[] = [
     name: 'the write-through mode ends with the process',
     short: true,
     file: SESSION,
-    edits: [['if (region.writeback !== null) this.#device.writeback = region.writeback;\n    else ', '']],
+    edits: [['if (writeback !== null) this.#device.writeback = writeback;\n    else ', '']],
   },
   {
     name: 'the cache mode is written down when the region comes, and not when it changes',
