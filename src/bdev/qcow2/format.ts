@@ -182,9 +182,11 @@ export function firstClusterBytes(bytes: Buffer): number {
 
 /**
  * @param bytes the first cluster of the file, or all of a file that is shorter
- * @param fileBytes size of the file. Throws BdevError, which names the field.
+ * @param fileBytes size of the file
+ * @param purpose `check` takes tables that are not all there, for a check to say so: whoever reads them looks where the file ends.
+ * Throws BdevError, which names the field.
  */
-export function decodeHeader(bytes: Buffer, fileBytes: number): Qcow2Header {
+export function decodeHeader(bytes: Buffer, fileBytes: number, purpose: 'use' | 'check' = 'use'): Qcow2Header {
   const clusterBytes = firstClusterBytes(bytes);
   const version = bytes.readUInt32BE(4);
   if (version !== 2 && version !== 3) {
@@ -228,12 +230,12 @@ export function decodeHeader(bytes: Buffer, fileBytes: number): Qcow2Header {
     backingFile: decodeBackingName(bytes, clusterBytes),
     ...extensions,
   };
-  checkHeader(header, fileBytes);
+  checkHeader(header, purpose === 'check' ? Infinity : fileBytes, purpose);
   return header;
 }
 
 /** Throws BdevError for values that contradict one another, the bounds or the file. */
-function checkHeader(header: Qcow2Header, fileBytes: number): void {
+function checkHeader(header: Qcow2Header, fileBytes: number, purpose: 'use' | 'check'): void {
   const clusterBytes = clusterBytesOf(header);
   const { compressionType, incompatible } = header;
   if (hasExtendedL2(header) && header.clusterBits < CLUSTER_BITS_MIN_EXTENDED) {
@@ -263,7 +265,8 @@ function checkHeader(header: Qcow2Header, fileBytes: number): void {
   if (header.l1Entries < l1Needed)
     throw badImage('header.l1_size', `is ${header.l1Entries}, the disk needs ${l1Needed}`);
   checkTable('header.l1_table_offset', header.l1Offset, header.l1Entries * 8, clusterBytes, fileBytes);
-  if (header.refcountTableClusters === 0) throw badImage('header.refcount_table_clusters', 'is 0');
+  const isForUse = purpose === 'use';
+  if (isForUse && header.refcountTableClusters === 0) throw badImage('header.refcount_table_clusters', 'is 0');
   if (header.refcountTableClusters * clusterBytes > REFCOUNT_TABLE_BYTES_MAX) {
     throw badImage(
       'header.refcount_table_clusters',
@@ -271,9 +274,9 @@ function checkHeader(header: Qcow2Header, fileBytes: number): void {
     );
   }
   // The last cluster of a file may be cut short.
-  const lengthBytes = (header.refcountTableClusters - 1) * clusterBytes + 1;
+  const lengthBytes = isForUse ? (header.refcountTableClusters - 1) * clusterBytes + 1 : 0;
   checkTable('header.refcount_table_offset', header.refcountTableOffset, lengthBytes, clusterBytes, fileBytes);
-  if (header.refcountTableOffset === 0) throw badImage('header.refcount_table_offset', 'is 0');
+  if (isForUse && header.refcountTableOffset === 0) throw badImage('header.refcount_table_offset', 'is 0');
   if (header.snapshotCount > 0) {
     checkTable(
       'header.snapshots_offset',
@@ -299,7 +302,7 @@ function checkHeader(header: Qcow2Header, fileBytes: number): void {
   if ((header.cryptMethod === CryptMethod.luks) !== (luksHeader !== null)) {
     throw badImage('header.crypt_method', `is ${header.cryptMethod}, which contradicts the LUKS header's extension`);
   }
-  if (hasExternalData(header) && header.snapshotCount > 0) {
+  if (isForUse && hasExternalData(header) && header.snapshotCount > 0) {
     throw badImage('header.nb_snapshots', `is ${header.snapshotCount}, an image with an external data file has none`);
   }
 }

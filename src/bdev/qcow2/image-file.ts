@@ -12,4 +12,6 @@ export interface ImageFile {
   sync(): Task<void>;
   /** Makes the file at least that long; it reads as zeroes there. Throws BdevError. */
   grow(sizeBytes: number): Task<void>;
+  /** Reserves space that the file does not take yet, and makes it longer where need be. Throws BdevError. */
+  allocate?(offset: number, lengthBytes: number): Task<void>;
 }

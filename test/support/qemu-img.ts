@@ -1,0 +1,58 @@
+/** qemu-img and qemu-io of this machine, the judges of images, in a folder that is gone after the test. */
+import { spawnSync } from 'node:child_process';
+import { mkdtempSync, rmSync } from 'node:fs';
+import { tmpdir } from 'node:os';
+import { join } from 'node:path';
+
+export class QemuImg {
+  readonly folder = mkdtempSync(join(tmpdir(), 'strata-img-'));
+
+  path(name: string): string {
+    return join(this.folder, name);
+  }
+
+  /** Runs `qemu-img`; it has to end well. @returns what it printed */
+  run(...args: readonly string[]): string {
+    const { status, stdout, stderr } = this.try(...args);
+    if (status !== 0) throw new Error(`qemu-img ${args.join(' ')} ended with ${status}: ${stderr}`);
+    return stdout;
+  }
+
+  try(...args: readonly string[]): { status: number | null; stdout: string; stderr: string } {
+    return spawnSync('qemu-img', args, { cwd: this.folder, encoding: 'utf8', maxBuffer: 2 ** 26 });
+  }
+
+  /** Runs commands of `qemu-io` on an image of this folder. */
+  io(name: string, ...commands: readonly string[]): string {
+    const args = ['-f', 'qcow2', ...commands.flatMap((command) => ['-c', command]), name];
+    const { status, stdout, stderr } = spawnSync('qemu-io', args, { cwd: this.folder, encoding: 'utf8' });
+    if (status !== 0) throw new Error(`qemu-io ${args.join(' ')} ended with ${status}: ${stdout}${stderr}`);
+    return stdout;
+  }
+
+  info(name: string): Record<string, unknown> {
+    return JSON.parse(this.run('info', '--output', 'json', name)) as Record<string, unknown>;
+  }
+
+  check(name: string): QemuCheck {
+    const { status, stdout, stderr } = this.try('check', '--output', 'json', name);
+    return { status, words: stderr, ...(stdout === '' ? {} : (JSON.parse(stdout) as object)) };
+  }
+
+  remove(): void {
+    rmSync(this.folder, { recursive: true, force: true });
+  }
+}
+
+export interface QemuCheck {
+  readonly status: number | null;
+  readonly words: string;
+  readonly corruptions?: number;
+  readonly leaks?: number;
+  readonly 'check-errors'?: number;
+  readonly 'image-end-offset'?: number;
+  readonly 'total-clusters'?: number;
+  readonly 'allocated-clusters'?: number;
+  readonly 'fragmented-clusters'?: number;
+  readonly 'compressed-clusters'?: number;
+}
