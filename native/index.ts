@@ -225,6 +225,7 @@ export const EAGAIN = 11;
 export const ENOMEM = 12;
 export const EBUSY = 16;
 export const EINVAL = 22;
+export const EROFS = 30;
 export const ENOSPC = 28;
 export const ETIME = 62;
 export const EOPNOTSUPP = 95;

@@ -5,6 +5,7 @@ import { errorModule } from './error/error.js';
 import { mallocModule } from './malloc/malloc.js';
 import { nullModule } from './null/null.js';
 import { passthruModule } from './passthru/passthru.js';
+import { qcow2Module } from './qcow2/qcow2.js';
 import { qosModule } from './qos/qos.js';
 import { uringModule } from './uring/uring.js';
 
@@ -17,4 +18,5 @@ export const modules = [
   delayModule,
   errorModule,
   qosModule,
+  qcow2Module,
 ] as unknown as readonly BdevModule<BdevConfig>[];

@@ -47,6 +47,18 @@ describe('leaves', () => {
   conformance('uring, file, fixed buffers', () => make.uringFile({ fixedBuffers: true }));
 });
 
+describe('qcow2', () => {
+  conformance('as it is created', () => make.qcow2());
+  conformance('direct', () => make.qcow2('', { direct: true }));
+  conformance('version 2', () => make.qcow2('compat=0.10'));
+  conformance('clusters of 512', () => make.qcow2('cluster_size=512'));
+  conformance('clusters of 4096, refcounts of 1 bit', () => make.qcow2('cluster_size=4096,refcount_bits=1'));
+  conformance('clusters of 2 MiB, refcounts of 64 bits', () => make.qcow2('cluster_size=2M,refcount_bits=64'));
+  conformance('subclusters', () => make.qcow2('extended_l2=on'));
+  conformance('subclusters of 512', () => make.qcow2('extended_l2=on,cluster_size=16k'));
+  conformance('preallocated', () => make.qcow2('preallocation=metadata'));
+});
+
 describe('uring on a ring whose transfers stop halfway', () => {
   const rings: StutteringUring[] = [];
   const makeRing = (): StutteringUring => {

@@ -1,4 +1,5 @@
 /** Configs of bdevs and stacks as tests use them, and the files and devices under them. */
+import { execFileSync, spawnSync } from 'node:child_process';
 import { mkdtempSync, rmSync, truncateSync, writeFileSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
@@ -9,6 +10,7 @@ import type { ErrorConfig, ErrorRule } from '../../src/bdev/error/error.js';
 import type { MallocConfig } from '../../src/bdev/malloc/malloc.js';
 import type { NullConfig } from '../../src/bdev/null/null.js';
 import type { PassthruConfig } from '../../src/bdev/passthru/passthru.js';
+import type { Qcow2Config } from '../../src/bdev/qcow2/qcow2.js';
 import type { QosConfig } from '../../src/bdev/qos/qos.js';
 import type { UringConfig } from '../../src/bdev/uring/uring.js';
 import type { LimitedConfig } from '../support/limited.js';
@@ -93,6 +95,26 @@ export function uringLoop(sectorBytes: 512 | 4096, options: Partial<UringConfig>
     },
   };
 }
+
+/** An empty image on a leaf. @param options of `qemu-img create -o` */
+export function qcow2(options = '', leaf: Partial<UringConfig> = {}, sizeBytes = DISK_BYTES): Stack {
+  const folder = mkdtempSync(join(tmpdir(), 'strata-test-'));
+  const path = join(folder, 'disk.qcow2');
+  const words = ['create', '-q', '-f', 'qcow2', ...(options === '' ? [] : ['-o', options]), path, String(sizeBytes)];
+  execFileSync('qemu-img', words);
+  const file: UringConfig = { ...uringDefaults, ...leaf, name: 'file', path };
+  return {
+    configs: [file, qcow2Over('leaf', 'file')],
+    release: () => {
+      const report = spawnSync('qemu-img', ['check', path], { encoding: 'utf8' });
+      rmSync(folder, { recursive: true });
+      if (report.status !== 0) throw new Error(`qemu-img check: ${report.stdout}${report.stderr}`);
+    },
+  };
+}
+
+export const qcow2Over: Filter = (name, base) =>
+  ({ name, base, module: 'qcow2', backing: null, readOnly: false, l2CacheBytes: 2 ** 25 }) satisfies Qcow2Config;
 
 export const passthru: Filter = (name, base) => ({ name, base, module: 'passthru' }) satisfies PassthruConfig;
 

@@ -32,6 +32,8 @@ export interface CrashOptions {
   readonly together?: boolean;
   /** Images tried of one crash. Default 32. */
   readonly imagesMax?: number;
+  /** Looks at the disks as a crash left them, before they are opened. Throws Violation. */
+  readonly verify?: (disks: readonly Uint8Array[]) => void;
 }
 
 /** What was covered. */
@@ -189,6 +191,7 @@ class Enumeration {
     if (this.#seen.has(key)) return;
     this.#seen.add(key);
     this.coverage.images++;
+    this.#options.verify?.(disks.map(({ view }) => view));
     const found = this.#readBack(disks.map(copyOf), legal);
     for (let diesAt = 1; diesAt <= found.openingEvents; diesAt++) {
       this.coverage.openings++;

@@ -5,11 +5,12 @@
  *
  *     failNth({ diskBytes: [4096], stack: ([path]) => [simDisk('leaf', path)], sectors: 8, scenario: OPERATIONS });
  */
+import { BdevError } from '../../src/bdev/bdev.js';
 import { SimDisk } from '../sim/sim-disk.js';
 import { Oracle, Violation } from '../sim/oracle.js';
 import { SeededRandom } from '../../src/poller/clock.js';
 import { IoStatus } from '../../src/bdev/bdev-io.js';
-import type { Fault } from '../sim/sim-ring.js';
+import type { Fault, SimRequest } from '../sim/sim-ring.js';
 import { SimLife, SimMachine } from './sim-machine.js';
 import type { Stack } from './sim-machine.js';
 import { Volume } from './volume.js';
@@ -75,20 +76,11 @@ function runOnce(
   const oracle = new Oracle(sectors);
   let isWell = false;
   let hits = 0;
-  const life = new SimLife(machine, stack, {
-    seed: SEED,
-    fault: ({ number }) => {
-      if (isWell || (forGood ? number < nth : number !== nth)) return null;
-      hits++;
-      return fault;
-    },
-  });
-  const volume = new Volume(life, oracle);
-  const tickets = options.together === true ? volume.runTogether(...scenario) : volume.run(...scenario);
-  const failed = tickets.filter(({ status }) => status !== IoStatus.success);
-  coverage.failures += failed.length;
-  if (failed.length > 0 && hits === 0) throw new Violation(`${failed[0]!.operation.name} failed without a reason`);
-  isWell = true;
+  const faultOf = ({ number }: { number: number }): Fault | null => {
+    if (isWell || (forGood ? number < nth : number !== nth)) return null;
+    hits++;
+    return fault;
+  };
   const all = { type: 'read', sector: 0, sectors } as const;
   const after: readonly Operation[] = [
     { ...all, name: 'read after the failure' },
@@ -96,9 +88,22 @@ function runOnce(
     { name: 'flush after the failure', type: 'flush' },
     { ...all, name: 'read in the end' },
   ];
-  for (const { status, operation } of volume.run(after[0]!))
-    if (status !== IoStatus.success) throw new Violation(operation.name);
-  life.close();
+  const life = open(machine, stack, faultOf);
+  if (life === null) {
+    if (hits === 0) throw new Violation('the volume cannot be opened');
+    coverage.failures++;
+  } else {
+    const volume = new Volume(life, oracle);
+    const tickets = options.together === true ? volume.runTogether(...scenario) : volume.run(...scenario);
+    const failed = tickets.filter(({ status }) => status !== IoStatus.success);
+    coverage.failures += failed.length;
+    if (failed.length > 0 && hits === 0) throw new Violation(`${failed[0]!.operation.name} failed without a reason`);
+    isWell = true;
+    for (const { status, operation } of volume.run(after[0]!))
+      if (status !== IoStatus.success) throw new Violation(operation.name);
+    life.close();
+  }
+  isWell = true;
   // What was promised before the failure holds over a power cut, and the volume can be used.
   for (const disk of machine.disks) disk.powerCut(new SeededRandom(nth));
   oracle.powerCut();
@@ -109,4 +114,14 @@ function runOnce(
   next.close();
   machine.close();
   return hits > 0;
+}
+
+/** Null: it says why it cannot. */
+function open(machine: SimMachine, stack: Stack, fault: (request: SimRequest) => Fault | null): SimLife | null {
+  try {
+    return new SimLife(machine, stack, { seed: SEED, fault });
+  } catch (error) {
+    if (error instanceof BdevError) return null;
+    throw error;
+  }
 }

@@ -4,15 +4,9 @@
  */
 import { Arena } from '../../native/index.js';
 import type { BdevConfig, BdevModule, OpenBdev } from '../../src/bdev/bdev.js';
-import { delayModule } from '../../src/bdev/delay/delay.js';
-import { errorModule } from '../../src/bdev/error/error.js';
 import type { IoStats } from '../../src/bdev/io-stats.js';
-import { mallocModule } from '../../src/bdev/malloc/malloc.js';
-import { nullModule } from '../../src/bdev/null/null.js';
-import { passthruModule } from '../../src/bdev/passthru/passthru.js';
-import { qosModule } from '../../src/bdev/qos/qos.js';
+import { modules as productModules } from '../../src/bdev/modules.js';
 import { BdevRegistry } from '../../src/bdev/registry.js';
-import { uringModule } from '../../src/bdev/uring/uring.js';
 import type { Ring } from '../../src/poller/ring.js';
 import { Reactor } from '../../src/poller/reactor.js';
 import { Uring } from '../../src/poller/uring.js';
@@ -21,17 +15,7 @@ import { reluctantModule } from './reluctant.js';
 import { seededRandom } from './seed.js';
 import { SimClock } from './sim-clock.js';
 
-const modules = [
-  nullModule,
-  mallocModule,
-  uringModule,
-  passthruModule,
-  delayModule,
-  errorModule,
-  qosModule,
-  limitedModule,
-  reluctantModule,
-] as unknown as readonly BdevModule<BdevConfig>[];
+const modules = [...productModules, limitedModule, reluctantModule] as unknown as readonly BdevModule<BdevConfig>[];
 
 const ARENA_BYTES = 2 ** 35;
 /** Simulated time that passes in each step, and in each one that found nothing to do. */

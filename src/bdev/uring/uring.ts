@@ -7,7 +7,7 @@
  *
  * Invariants
  * - A request completes when all its bytes have moved: short transfers are continued.
- * - A file shorter than a whole number of blocks shows the whole blocks only.
+ * - A file that ends within a block shows the whole of it: zeroes behind its end, until something is written there.
  */
 import {
   EAGAIN,
@@ -75,6 +75,8 @@ class UringChannel implements IoChannel {
   /** Reads and writes go here: the reactor's ring, or one of its own that polls the device. */
   readonly #dataRing: Ring;
   readonly #reactor: Reactor;
+  readonly #blockSizeBytes: number;
+  readonly #isDirect: boolean;
   readonly #file: RingFile;
   readonly #dataFile: RingFile;
   readonly #fixed: FixedBuffers | null;
@@ -85,8 +87,10 @@ class UringChannel implements IoChannel {
   readonly #slabs: number[] = [];
   readonly #devicePoller: Poller | null;
 
-  constructor(reactor: Reactor, fd: number, iopoll: boolean, fixedBuffers: boolean) {
+  constructor(reactor: Reactor, fd: number, blockSizeBytes: number, { direct, iopoll, fixedBuffers }: UringConfig) {
     this.#reactor = reactor;
+    this.#blockSizeBytes = blockSizeBytes;
+    this.#isDirect = direct;
     this.#ring = reactor.ring;
     this.#file = this.#ring.registerFile(fd);
     if (iopoll) {
@@ -144,6 +148,9 @@ class UringChannel implements IoChannel {
     const doneBytes = request.doneBytes + result;
     if (doneBytes === io.lengthBytes) {
       this.#finish(request, io, IoStatus.success, 0);
+    } else if (io.type === IoType.read && this.#isLastBlock(io, doneBytes, result)) {
+      this.#zeroRest(io, doneBytes);
+      this.#finish(request, io, IoStatus.success, 0);
     } else if (result === 0) {
       // A read beyond the end of a file that was truncated under us; a write that found no room.
       const isRead = io.type === IoType.read;
@@ -163,6 +170,22 @@ class UringChannel implements IoChannel {
       this.#dataRing.close();
     }
     for (const slab of this.#slabs) this.#reactor.arena.release(slab);
+  }
+
+  /** A read came short within the block in which the file ends. */
+  #isLastBlock(io: BdevIo, doneBytes: number, result: number): boolean {
+    if (io.lengthBytes - doneBytes >= this.#blockSizeBytes) return false;
+    // Direct I/O cannot go on from there; nothing else makes it stop within a block.
+    return result === 0 || (this.#isDirect && doneBytes % this.#blockSizeBytes !== 0);
+  }
+
+  #zeroRest(io: BdevIo, doneBytes: number): void {
+    let skip = doneBytes;
+    for (let i = 0; i < io.segmentCount; i++) {
+      const length = io.segmentLengths[i]!;
+      if (skip < length) this.#reactor.arena.view8(io.segmentAddresses[i]! + skip, length - skip).fill(0);
+      skip = Math.max(0, skip - length);
+    }
   }
 
   #finish(request: UringRequest, io: BdevIo, status: IoStatus, errno: number): void {
@@ -285,7 +308,7 @@ class UringBdev implements Bdev {
     this.uuid = config.uuid ?? '';
     this.blockSizeBytes = file.blockSizeBytes;
     this.size = new BdevSize(file.blockSizeBytes, {
-      sizeBytes: () => fileSize(file, config),
+      sizeBytes: () => Math.ceil(fileSize(file, config) / file.blockSizeBytes) * file.blockSizeBytes,
       resize: (sizeBytes) => growFile(file, config, sizeBytes),
     });
     if (config.lock === 'running') this.guard = new RunningLock(file, config, () => this.size.rescan());
@@ -328,7 +351,7 @@ class UringBdev implements Bdev {
 
   openChannel(reactor: Reactor): IoChannel {
     try {
-      this.#channel = new UringChannel(reactor, this.#file.fd, this.#config.iopoll, this.#config.fixedBuffers);
+      this.#channel = new UringChannel(reactor, this.#file.fd, this.blockSizeBytes, this.#config);
     } catch (error) {
       if (!(error instanceof SystemError)) throw error;
       throw new BdevError(

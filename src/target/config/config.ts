@@ -8,13 +8,14 @@ import type { ErrorConfig } from '../../bdev/error/error.js';
 import type { MallocConfig } from '../../bdev/malloc/malloc.js';
 import type { NullConfig } from '../../bdev/null/null.js';
 import type { PassthruConfig } from '../../bdev/passthru/passthru.js';
+import type { Qcow2Config } from '../../bdev/qcow2/qcow2.js';
 import type { QosConfig } from '../../bdev/qos/qos.js';
 import type { UringConfig } from '../../bdev/uring/uring.js';
 import type { RemoteReactorOptions } from '../../poller/remote-reactor.js';
 import type { ListenAddress } from '../../vhost-user/blk-controller.js';
 
 export type AnyBdevConfig =
-  NullConfig | MallocConfig | UringConfig | PassthruConfig | DelayConfig | ErrorConfig | QosConfig;
+  NullConfig | MallocConfig | UringConfig | PassthruConfig | DelayConfig | ErrorConfig | QosConfig | Qcow2Config;
 
 export type ReactorConfig = RemoteReactorOptions;
 

@@ -131,6 +131,15 @@ function toBdevConfig(bdev: FileBdev, folder: string): AnyBdevConfig {
         totalBytesPerSecond: bdev.total_bytes_per_second,
         burstSeconds: bdev.burst_seconds,
       };
+    case 'qcow2':
+      return {
+        ...common,
+        module: 'qcow2',
+        base: bdev.base,
+        backing: bdev.backing,
+        readOnly: bdev.read_only,
+        l2CacheBytes: bdev.l2_cache,
+      };
   }
 }
 

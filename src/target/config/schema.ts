@@ -17,6 +17,8 @@ const ACCOUNT_NONE = 2 ** 32 - 1;
 const DAY_US = 86_400_000_000;
 
 export const DEFAULT_POLL_US = 100;
+/** Covers 256 GiB of disk in clusters of 64 KiB. */
+export const DEFAULT_L2_CACHE_BYTES = 32 * 2 ** 20;
 /** A guest takes one queue for each of its processors; QEMU refuses a back-end that offers fewer than it asks for. */
 export const DEFAULT_QUEUES = 16;
 export const QUEUES_MAX = 64;
@@ -125,6 +127,13 @@ const bdev = z.discriminatedUnion('module', [
     write_bytes_per_second: rate,
     total_bytes_per_second: rate,
     burst_seconds: z.number().positive().max(3600).default(1),
+  }),
+  z.strictObject({
+    ...filter,
+    module: z.literal('qcow2'),
+    backing: nameOf.nullable().default(null),
+    read_only: z.boolean().default(false),
+    l2_cache: size.default(DEFAULT_L2_CACHE_BYTES),
   }),
 ]);
 

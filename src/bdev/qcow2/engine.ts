@@ -1,0 +1,382 @@
+/**
+ * The engine: what serves the disk that an image and its backing chain are.
+ *
+ * A read or write that lies in one piece in the file goes there as it is, with another offset. Everything else is a RequestJob;
+ * what changes the mapping is a Change; what makes changes durable is the Committer.
+ *
+ * Invariants
+ * - Nothing on the way of a mapped request allocates.
+ * - Host clusters that lost a reference get it taken away when (1) a round has made that durable and (2) every request that was
+ *   under way then is over: requests are counted in two epochs, and an epoch ends when its count is zero.
+ * - A damaged image takes no more writes.
+ */
+import { EIO, EROFS } from '../../../native/index.js';
+import type { Reactor } from '../../poller/reactor.js';
+import type { IoChannel } from '../bdev.js';
+import { IoQueue, IoStatus, IoType, statusOfErrno } from '../bdev-io.js';
+import type { BdevIo, IoOwner } from '../bdev-io.js';
+import type { Allocator } from './allocator.js';
+import { BufferPool } from './buffer-pool.js';
+import { Change } from './change.js';
+import type { Committer } from './commit.js';
+import type { Qcow2Image } from './image.js';
+import { Extent, Mapped } from './l2.js';
+import type { Dropped } from './l2.js';
+import { Piece, RequestJob } from './request-job.js';
+import { newCopyEntries } from './segments.js';
+import { startTask } from './task.js';
+import type { Task } from './task.js';
+import { WaitList, sleep } from './wait-list.js';
+import type { Sleeper } from './wait-list.js';
+
+/** Zeroes to write from. */
+const ZEROES_BYTES = 64 * 1024;
+/** Memory for what is copied around data, at most, but for four buffers. */
+const COPY_BYTES_MAX = 16 * 2 ** 20;
+
+/** One image of a chain, or the disk at its end. */
+export interface Layer {
+  /** Null: a disk without a format. */
+  readonly image: Qcow2Image | null;
+  /** Where its data lies. */
+  readonly channel: IoChannel;
+  readonly sizeBytes: number;
+}
+
+/** References that were dropped, in the order in which it happened. */
+export class DroppedList implements Dropped {
+  #pairs: number[] = [];
+
+  get length(): number {
+    return this.#pairs.length / 2;
+  }
+
+  add(cluster: number, count: number): void {
+    this.#pairs.push(cluster, count);
+  }
+
+  /** Takes the first `length` away. */
+  split(length: number): number[] {
+    return this.#pairs.splice(0, length * 2);
+  }
+}
+
+export interface EngineOptions {
+  readonly reactor: Reactor;
+  /** The image that is served, then what it is backed by. */
+  readonly layers: readonly Layer[];
+  readonly onDamage: (field: string, problem: string) => void;
+}
+
+export class Engine implements IoOwner {
+  readonly reactor: Reactor;
+  readonly layers: readonly Layer[];
+  readonly top: Qcow2Image;
+  readonly dataChannel: IoChannel;
+  readonly extent = new Extent();
+  readonly copyEntries = newCopyEntries();
+  readonly dropped = new DroppedList();
+  readonly buffers: BufferPool;
+  /** Null: the image is only read. */
+  allocator: Allocator | null = null;
+  committer: Committer | null = null;
+  isReadOnly = true;
+  readonly #zeroExtent = new Extent();
+  readonly #backedBytes: number;
+  readonly #onDamage: (field: string, problem: string) => void;
+  #zeroes = 0;
+  readonly #freeJobs: RequestJob[] = [];
+  readonly #freePieces: Piece[] = [];
+  readonly #freeChanges: Change[] = [];
+  readonly #active: Change[] = [];
+  readonly #preparing = new Map<number, WaitList>();
+
+  /** Requests under way by epoch. */
+  readonly #underWay = new Int32Array(2);
+  #epoch = 0;
+  #droppedAtBegin = 0;
+  /** Dropped, durably; they wait for the epoch to end. */
+  #settled: number[][] = [];
+  #isSettling = false;
+  #isFrozen = false;
+  readonly #held = new IoQueue();
+  readonly #idle = new WaitList();
+
+  constructor({ reactor, layers, onDamage }: EngineOptions) {
+    this.reactor = reactor;
+    this.layers = layers;
+    this.top = layers[0]!.image!;
+    this.dataChannel = layers[0]!.channel;
+    this.#backedBytes = layers.length > 1 ? layers[1]!.sizeBytes : 0;
+    this.#onDamage = onDamage;
+    const bufferBytes = 2 * this.top.geometry.clusterBytes;
+    this.buffers = new BufferPool(reactor.arena, bufferBytes, Math.max(4, Math.floor(COPY_BYTES_MAX / bufferBytes)));
+    for (const { image } of layers) {
+      if (image === null) continue;
+      image.onDamage = (field, problem) => this.damaged(field, problem);
+      image.onCacheFull = () => this.committer?.request();
+    }
+  }
+
+  submit(io: BdevIo): void {
+    if (this.#isFrozen) {
+      this.#held.append(io);
+      return;
+    }
+    if (io.type <= IoType.write) {
+      if (!this.#forward(io)) this.startJob(io);
+    } else if (io.type === IoType.flush) {
+      this.#flush(io);
+    } else {
+      this.startJob(io);
+    }
+  }
+
+  /** Hands a request on that lies in one piece. Returns false when it does not. */
+  #forward(io: BdevIo): boolean {
+    const extent = this.extent;
+    extent.offsetBytes = io.offsetBytes;
+    extent.wantedBytes = io.lengthBytes;
+    if (!this.top.find(extent) || extent.kind !== Mapped.data || extent.lengthBytes < io.lengthBytes) return false;
+    if (io.type === IoType.write && (!extent.isCopied || this.isReadOnly)) return false;
+    io.notes[io.depth] = io.offsetBytes;
+    io.push(this, this.#epoch);
+    this.#underWay[this.#epoch]!++;
+    io.offsetBytes = extent.hostOffset;
+    this.dataChannel.submit(io);
+    return true;
+  }
+
+  onDone(io: BdevIo, epoch: number): void {
+    io.offsetBytes = io.notes[io.depth]!;
+    this.#leave(epoch);
+    io.complete(io.status, io.errno);
+  }
+
+  // ---- for jobs and changes ----
+
+  /** Takes a request apart that reads the disk as it is now; also from within a change. */
+  startJob(io: BdevIo): void {
+    const job = this.#freeJobs.pop() ?? new RequestJob(this);
+    job.epoch = this.#epoch;
+    this.#underWay[this.#epoch]!++;
+    job.start(io);
+  }
+
+  endJob(job: RequestJob, io: BdevIo, errno: number): void {
+    this.#freeJobs.push(job);
+    this.#leave(job.epoch);
+    io.complete(statusOfErrno(errno), errno);
+  }
+
+  takePiece(): Piece {
+    return this.#freePieces.pop() ?? new Piece(this);
+  }
+
+  recyclePiece(piece: Piece): void {
+    this.#freePieces.push(piece);
+  }
+
+  takeChange(): Change {
+    return this.#freeChanges.pop() ?? new Change(this);
+  }
+
+  recycle(change: Change): void {
+    this.#freeChanges.push(change);
+  }
+
+  activate(change: Change): void {
+    this.#active.push(change);
+  }
+
+  deactivate(change: Change): void {
+    const last = this.#active.pop()!;
+    if (last !== change) this.#active[this.#active.indexOf(change)] = last;
+  }
+
+  /** The change with the lowest of these clusters, or null. */
+  conflictWith(first: number, count: number): Change | null {
+    let found: Change | null = null;
+    for (let i = 0; i < this.#active.length; i++) {
+      const change = this.#active[i]!;
+      if (change.firstCluster >= first + count || change.firstCluster + change.count <= first) continue;
+      if (found === null || change.firstCluster < found.firstCluster) found = change;
+    }
+    return found;
+  }
+
+  /** Whether something lies below this byte. */
+  isBacked(offset: number): boolean {
+    return offset < this.#backedBytes;
+  }
+
+  /** Whether a range of one slice, which is loaded, reads as zeroes as far as the mapping says. */
+  readsAsZeroes(offset: number, lengthBytes: number): boolean {
+    const extent = this.#zeroExtent;
+    const end = offset + lengthBytes;
+    for (let at = offset; at < end; at += extent.lengthBytes) {
+      extent.offsetBytes = at;
+      extent.wantedBytes = end - at;
+      if (at >= this.top.sizeBytes) return true;
+      if (!this.top.find(extent)) return false;
+      if (extent.kind === Mapped.zero) continue;
+      if (extent.kind !== Mapped.unallocated || this.isBacked(at)) return false;
+    }
+    return true;
+  }
+
+  /** Adds zeroes to what is written. */
+  addZeroes(io: BdevIo, lengthBytes: number): void {
+    if (this.#zeroes === 0) this.#zeroes = this.reactor.arena.allocate(ZEROES_BYTES);
+    for (let left = lengthBytes; left > 0; left -= ZEROES_BYTES) {
+      io.addSegment(this.#zeroes, left < ZEROES_BYTES ? left : ZEROES_BYTES);
+    }
+  }
+
+  /** A mapping was changed in memory. */
+  noteChange(): void {
+    this.committer!.noteChange();
+  }
+
+  /** Sees to it that an L2 table is there, and no snapshot's; the sleeper is woken then. */
+  prepareTable(table: number, sleeper: Sleeper): void {
+    const others = this.#preparing.get(table);
+    if (others !== undefined) {
+      others.add(sleeper);
+      return;
+    }
+    const waiters = new WaitList();
+    waiters.add(sleeper);
+    this.#preparing.set(table, waiters);
+    const end = (errno: number): void => {
+      this.#preparing.delete(table);
+      waiters.wakeAll(errno);
+    };
+    startTask(
+      this.#makeTable(table),
+      () => end(0),
+      (error) => end(errnoOf(error)),
+    );
+  }
+
+  readCompressed(_layer: number, job: RequestJob): void {
+    job.wakeUp(EIO);
+  }
+
+  // ---- metadata ----
+
+  *#makeTable(table: number): Task<void> {
+    const { top } = this;
+    const { clusterBytes, slicesPerTable, sliceBytes } = top.geometry;
+    const old = top.l1[table]!;
+    const cluster = yield* this.allocator!.takeOne();
+    const isZeroed = this.allocator!.isZeroed;
+    const offset = cluster * clusterBytes;
+    // Zeroes where there was none; otherwise the one that a snapshot has, too. In the cache nothing of it is dirty.
+    if (old !== 0 || !isZeroed) {
+      const bytes = Buffer.alloc(clusterBytes);
+      if (old !== 0) yield* top.file.read(old, bytes);
+      yield* top.file.write(offset, bytes);
+    }
+    top.metadata.add(cluster);
+    top.l1[table] = offset;
+    top.l1Copied[table] = 1;
+    for (let i = 0; i < slicesPerTable; i++) {
+      const slot = top.l2.slotOf(table * slicesPerTable + i);
+      if (slot >= 0) top.l2.setHome(slot, offset + i * sliceBytes);
+    }
+    if (old !== 0) this.dropped.add(old / clusterBytes, 1);
+    this.committer!.markL1(table);
+  }
+
+  /** A round of the committer begins: what was dropped by now is durable when it ends. */
+  onRoundBegin(): void {
+    this.#droppedAtBegin = this.dropped.length;
+  }
+
+  onRound(isAll: boolean): void {
+    if (isAll && this.#droppedAtBegin > 0) this.#settled.push(this.dropped.split(this.#droppedAtBegin));
+    this.#droppedAtBegin = 0;
+    this.#settle();
+  }
+
+  #settle(): void {
+    if (this.#isSettling || this.#settled.length === 0) return;
+    this.#isSettling = true;
+    this.#epoch ^= 1;
+    if (this.#underWay[this.#epoch ^ 1] === 0) this.#lowerSettled();
+  }
+
+  #leave(epoch: number): void {
+    if (--this.#underWay[epoch]! > 0) return;
+    if (this.#isSettling && epoch !== this.#epoch) this.#lowerSettled();
+    if (!this.#idle.isEmpty && this.#underWay[0] === 0 && this.#underWay[1] === 0) this.#idle.wakeAll(0);
+  }
+
+  /** The epoch that was is over: nothing refers to those clusters any more. */
+  #lowerSettled(): void {
+    const pairs = this.#settled.shift()!;
+    const end = (): void => {
+      this.#isSettling = false;
+      this.#settle();
+      if (!this.#isSettling) this.#idle.wakeAll(0);
+    };
+    // What could not be lowered is leaked, which a check finds and repairs.
+    startTask(this.#lower(pairs), end, end);
+  }
+
+  *#lower(pairs: readonly number[]): Task<void> {
+    for (let i = 0; i < pairs.length; i += 2) yield* this.allocator!.lower(pairs[i]!, pairs[i + 1]!);
+  }
+
+  #flush(io: BdevIo): void {
+    if (this.committer === null) io.complete(IoStatus.success, 0);
+    else if (this.isReadOnly) io.complete(IoStatus.ioError, EROFS);
+    else this.committer.flush(io);
+  }
+
+  /** Something of the image is not as it must be: it takes no more writes. */
+  damaged(field: string, problem: string): void {
+    this.isReadOnly = true;
+    this.#onDamage(field, problem);
+  }
+
+  // ---- standing still ----
+
+  /** Holds new requests back and waits until none is under way. */
+  *freeze(): Task<void> {
+    this.#isFrozen = true;
+    while (this.#underWay[0]! > 0 || this.#underWay[1]! > 0) yield* sleep((sleeper) => this.#idle.add(sleeper));
+  }
+
+  thaw(): void {
+    this.#isFrozen = false;
+    for (let left = this.#held.length; left > 0; left--) this.submit(this.#held.shift()!);
+  }
+
+  /** Writes everything, until nothing is left to be written or lowered. The engine is frozen. Throws BdevError. */
+  *settleAll(flush: () => Task<void>): Task<void> {
+    const { committer, allocator } = this;
+    if (committer === null || allocator === null) return;
+    for (;;) {
+      while (this.#isSettling || !allocator.isIdle) yield* sleep((sleeper) => this.#whenIdle(sleeper));
+      if (!committer.isDirty && this.dropped.length === 0 && this.#settled.length === 0 && committer.isIdle) return;
+      yield* flush();
+    }
+  }
+
+  #whenIdle(sleeper: Sleeper): void {
+    if (this.#isSettling) this.#idle.add(sleeper);
+    else this.allocator!.whenIdle(sleeper);
+  }
+
+  release(): void {
+    this.buffers.release();
+    if (this.#zeroes !== 0) this.reactor.arena.release(this.#zeroes);
+  }
+}
+
+function errnoOf(error: unknown): number {
+  const code = (error as { readonly code?: unknown }).code;
+  return code === 'no-space' ? 28 : EIO;
+}

@@ -1,0 +1,290 @@
+/** qcow2: an image in QEMU's format as a disk, on a bdev that holds the file. */
+import type { Reactor } from '../../poller/reactor.js';
+import { BdevError } from '../bdev.js';
+import type { Bdev, BdevConfig, BdevContext, BdevLimits, BdevModule, IoChannel } from '../bdev.js';
+import { IoType } from '../bdev-io.js';
+import type { BdevIo } from '../bdev-io.js';
+import { BdevSize } from '../bdev-size.js';
+import { wholeRequests } from '../filter-bdev.js';
+import { Allocator } from './allocator.js';
+import { ChannelFile, TaskIo } from './channel-file.js';
+import { Committer } from './commit.js';
+import { Engine } from './engine.js';
+import type { Layer } from './engine.js';
+import { Autoclear, Incompatible, clusterBytesOf, featureWords, unknownAutoclear } from './format.js';
+import { unsupportedImage } from './image-error.js';
+import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
+import { completeTask, startTask } from './task.js';
+import type { Task } from './task.js';
+
+export interface Qcow2Config extends BdevConfig {
+  readonly module: 'qcow2';
+  /** Name of the bdev that holds the image. */
+  readonly base: string;
+  /** Name of the bdev that shows through where the image holds nothing; null: there is none. */
+  readonly backing: string | null;
+  readonly readOnly: boolean;
+  /** Most memory for the cache of L2 tables. */
+  readonly l2CacheBytes: number;
+}
+
+const REFCOUNT_CACHE_SLOTS = 256;
+const HEADER_INCOMPATIBLE = 72;
+const HEADER_AUTOCLEAR = 88;
+
+class Qcow2Channel implements IoChannel {
+  readonly #engine: Engine;
+
+  constructor(engine: Engine) {
+    this.#engine = engine;
+  }
+
+  submit(io: BdevIo): void {
+    this.#engine.submit(io);
+  }
+
+  close(): void {
+    // The engine is the bdev's: other channels may use it.
+  }
+}
+
+class Qcow2Bdev implements Bdev {
+  readonly name: string;
+  readonly uuid: string;
+  readonly moduleName = 'qcow2';
+  readonly blockSizeBytes: number;
+  readonly size: BdevSize;
+  readonly readOnly: boolean;
+  readonly supportsFua = false;
+  readonly limits: BdevLimits;
+  readonly bases: readonly Bdev[];
+  readonly #config: Qcow2Config;
+  readonly #reactor: Reactor;
+  readonly #image: Qcow2Image;
+  readonly #engine: Engine;
+  readonly #channels: IoChannel[] = [];
+  readonly #file: ChannelFile;
+  /** What made it take no more writes, or null. */
+  #damage: string | null = null;
+
+  constructor(config: Qcow2Config, context: BdevContext) {
+    const { reactor } = context;
+    const base = context.base(config.base, 'base');
+    const backing = config.backing === null ? null : context.base(config.backing, 'backing');
+    this.name = config.name;
+    this.uuid = config.uuid ?? '';
+    this.#config = config;
+    this.#reactor = reactor;
+    this.readOnly = config.readOnly || base.readOnly;
+    this.blockSizeBytes = base.blockSizeBytes;
+    this.bases = backing === null ? [base] : [base, backing];
+    const channel = context.open(base);
+    this.#channels.push(channel);
+    this.#file = new ChannelFile(base, channel, reactor);
+    let image: Qcow2Image | null = null;
+    try {
+      const header = this.#complete(readHeader(this.#file));
+      image = new Qcow2Image(header, { reactor, base, channel, l2CacheBytes: config.l2CacheBytes });
+      this.#image = image;
+      this.#checkUsable();
+      this.#complete(this.#prepareFile());
+      this.#complete(image.load());
+      const layers: Layer[] = [{ image, channel, sizeBytes: header.sizeBytes }];
+      if (backing !== null) {
+        const backingChannel = context.open(backing);
+        this.#channels.push(backingChannel);
+        const sizeBytes = backing.blockCount * backing.blockSizeBytes;
+        layers.push({ image: null, channel: backingChannel, sizeBytes });
+      }
+      this.#engine = new Engine({ reactor, layers, onDamage: (field, problem) => this.#onDamage(field, problem) });
+      if (!this.readOnly) this.#prepareWriting(channel);
+    } catch (error) {
+      // Anything else than what is wrong with the image or its device is no reason to tidy up.
+      if (error instanceof BdevError) {
+        image?.release();
+        for (const opened of this.#channels) opened.close();
+      }
+      throw error;
+    }
+    this.limits = {
+      ...wholeRequests(base),
+      physicalBlockBytes: Math.max(base.limits.physicalBlockBytes, 4096),
+      discardGranularityBytes: image.geometry.unitBytes,
+      optimalIoBytes: image.geometry.clusterBytes,
+    };
+    this.size = new BdevSize(this.blockSizeBytes, {
+      sizeBytes: () => this.#image.sizeBytes,
+      resize: () => {
+        throw new BdevError('resize', 'newSize', `${this.name} cannot be resized while it is open`, 'stop the daemon');
+      },
+    });
+  }
+
+  get blockCount(): number {
+    return this.size.blockCount;
+  }
+
+  supports(type: IoType): boolean {
+    switch (type) {
+      case IoType.read:
+      case IoType.flush:
+        return true;
+      case IoType.write:
+      case IoType.discard:
+      case IoType.writeZeroes:
+        return !this.readOnly;
+      case IoType.reset:
+        return false;
+    }
+  }
+
+  openChannel(_reactor: Reactor): IoChannel {
+    return new Qcow2Channel(this.#engine);
+  }
+
+  describe(): Record<string, unknown> {
+    const { header, geometry, l2, snapshots, bitmaps } = this.#image;
+    return {
+      base: this.#config.base,
+      backing: this.#config.backing,
+      version: header.version,
+      clusterBytes: geometry.clusterBytes,
+      features: featureWords(header),
+      snapshots: snapshots.map(({ name }) => name),
+      bitmaps: bitmaps.map(({ name }) => name),
+      l2CacheBytes: l2.slotCount * l2.sliceBytes,
+      l2CacheCoversBytes: l2.slotCount * geometry.sliceCoverageBytes,
+      damage: this.#damage,
+    };
+  }
+
+  destroy(): void {
+    const engine = this.#engine;
+    if (engine.committer !== null && engine.allocator !== null) {
+      try {
+        this.#complete(engine.settleAll(() => this.#flush()));
+      } catch (error) {
+        // What is left is leaked clusters: everything that was flushed is on disk.
+        if (!(error instanceof BdevError)) throw error;
+      }
+      engine.committer.release();
+      engine.allocator.release();
+    }
+    engine.release();
+    this.#image.release();
+    for (const channel of this.#channels) channel.close();
+  }
+
+  *#flush(): Task<void> {
+    const request = new TaskIo({ submit: (io) => this.#engine.committer!.flush(io), close: () => undefined }, this);
+    request.io.prepare(IoType.flush, 0, 0, 0);
+    yield* request.run();
+  }
+
+  #complete<T>(task: Task<T>): T {
+    return completeTask(task, () => this.#reactor.step());
+  }
+
+  /** Throws BdevError for what this engine does not do. */
+  #checkUsable(): void {
+    const { header } = this.#image;
+    if (header.sizeBytes % this.blockSizeBytes !== 0) {
+      throw unsupportedImage(
+        'header.size',
+        `is ${header.sizeBytes}, no multiple of ${this.blockSizeBytes}`,
+        'set `direct: false` on the bdev below, or resize the image',
+      );
+    }
+    if (header.cryptMethod !== 0) {
+      throw unsupportedImage(
+        'header.crypt_method',
+        `is ${header.cryptMethod}`,
+        'convert the image to one without encryption',
+      );
+    }
+    if ((header.incompatible & Incompatible.externalDataFile) !== 0n) {
+      throw unsupportedImage('header.incompatible_features', 'names an external data file', 'convert the image');
+    }
+    if (this.readOnly) return;
+    if ((header.incompatible & Incompatible.corrupt) !== 0n) {
+      throw unsupportedImage(
+        'header.incompatible_features',
+        'says that it is corrupt',
+        'repair it: `strata img check -r all`',
+      );
+    }
+    if ((header.incompatible & Incompatible.dirty) !== 0n) {
+      throw unsupportedImage(
+        'header.incompatible_features',
+        'says that it is dirty',
+        'repair it: `strata img check -r all`',
+      );
+    }
+  }
+
+  /** Whole clusters, and no claim about the image that is not kept. */
+  *#prepareFile(): Task<void> {
+    if (this.readOnly) return;
+    const { header } = this.#image;
+    const clusterBytes = clusterBytesOf(header);
+    const whole = Math.ceil(this.#file.sizeBytes / clusterBytes) * clusterBytes;
+    try {
+      yield* this.#file.grow(whole);
+    } catch (error) {
+      // A device ends where it ends.
+      if (!(error instanceof BdevError)) throw error;
+    }
+    const broken = unknownAutoclear(header) | (header.autoclear & Autoclear.bitmaps);
+    if (broken === 0n) return;
+    const autoclear = header.autoclear & ~broken;
+    const field = Buffer.alloc(8);
+    field.writeBigUInt64BE(autoclear);
+    yield* this.#file.write(HEADER_AUTOCLEAR, field);
+    yield* this.#file.sync();
+    this.#image.header = { ...header, autoclear };
+  }
+
+  #prepareWriting(channel: IoChannel): void {
+    const engine = this.#engine;
+    const image = this.#image;
+    const allocator = new Allocator({
+      image,
+      reactor: this.#reactor,
+      channel,
+      refcountTable: this.#complete(loadRefcountTable(image)),
+      cacheSlots: REFCOUNT_CACHE_SLOTS,
+      onCacheFull: () => engine.committer?.request(),
+    });
+    engine.allocator = allocator;
+    engine.committer = new Committer({
+      image,
+      allocator,
+      reactor: this.#reactor,
+      channel,
+      dataChannel: null,
+      onBegin: () => engine.onRoundBegin(),
+      onRound: (isAll) => engine.onRound(isAll),
+    });
+    engine.isReadOnly = false;
+  }
+
+  #onDamage(field: string, problem: string): void {
+    if (this.#damage !== null) return;
+    this.#damage = `${field} ${problem}`;
+    if (this.readOnly || this.#image.header.version < 3) return;
+    const incompatible = this.#image.header.incompatible | Incompatible.corrupt;
+    this.#image.header = { ...this.#image.header, incompatible };
+    const bytes = Buffer.alloc(8);
+    bytes.writeBigUInt64BE(incompatible);
+    startTask(
+      this.#file.write(HEADER_INCOMPATIBLE, bytes),
+      () => undefined,
+      () => undefined,
+    );
+  }
+}
+
+export const qcow2Module: BdevModule<Qcow2Config> = {
+  name: 'qcow2',
+  create: (config, context) => new Qcow2Bdev(config, context),
+};

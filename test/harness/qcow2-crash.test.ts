@@ -1,0 +1,45 @@
+/**
+ * Goal: after a crash at any request a qcow2 disk holds what it may, and its image is whole: no mapping without a refcount.
+ *
+ * Method: crash enumeration on tiny images, and failing every request in turn.
+ */
+import { describe, expect, it } from 'vitest';
+import { crashEnumeration, OPERATIONS } from './crash-enumeration.js';
+import { failNth } from './fail-nth.js';
+import { newImage, qcow2Stack } from './qcow2.js';
+
+const TIMEOUT_MS = 240_000;
+const SECTORS = 8;
+const FILE_BYTES = 32768;
+
+const IMAGES = [
+  ['clusters of 512', newImage('cluster_size=512', SECTORS, FILE_BYTES)],
+  ['clusters of 1024', newImage('cluster_size=1024', SECTORS, FILE_BYTES)],
+  ['clusters of 4096, full', newImage('cluster_size=4096', SECTORS, 65536, 'write -P 0 0 4096')],
+] as const;
+
+describe('After a crash anywhere a qcow2 disk', () => {
+  it.each(IMAGES)('of %s holds what it may', { timeout: TIMEOUT_MS }, (name, image) => {
+    const options = { diskBytes: [image.length], images: [image], stack: qcow2Stack, sectors: SECTORS };
+    const one = crashEnumeration({ ...options, length: 2, imagesMax: 16 });
+    console.log(`${name}: ${JSON.stringify(one)}`);
+    expect(one.images).toBeGreaterThan(100);
+  });
+});
+
+describe('When one request of the file fails a qcow2 disk', () => {
+  it.each(IMAGES)('of %s keeps what was answered', { timeout: TIMEOUT_MS }, (name, image) => {
+    for (const together of [false, true]) {
+      const coverage = failNth({
+        diskBytes: [image.length],
+        images: [image],
+        stack: qcow2Stack,
+        sectors: SECTORS,
+        scenario: [...OPERATIONS, { name: 'flush', type: 'flush' }],
+        together,
+      });
+      console.log(`${name}: ${JSON.stringify(coverage)}`);
+      expect(coverage.failures).toBeGreaterThan(10);
+    }
+  });
+});
