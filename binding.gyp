@@ -25,11 +25,16 @@
         "native/addon.cc",
         "native/arena.cc",
         "native/bytes.cc",
+        "native/codec-pool.cc",
+        "native/codec.cc",
         "native/file.cc",
         "native/ring.cc",
         "native/socket.cc",
         "native/thread.cc"
-      ]
+      ],
+      "dependencies": ["<!(node -p \"require('path').relative('.', require.resolve('zstd-napi/deps/zstd.gyp'))\"):libzstd"],
+      # Its threads and its signal handler outlive the threads of Node that load it.
+      "ldflags": ["-Wl,-z,nodelete"]
     },
     { "target_name": "strata_loadgen", "sources": ["native/loadgen.cc"] }
   ]

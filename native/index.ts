@@ -78,6 +78,23 @@ export interface Native {
   /** (hot) CRC-32C (Castagnoli) of the bytes, continued from `seed` (0 at the start). */
   crc32c(seed: number, address: number, length: number): number;
 
+  // codec.cc: jobs are described in codec.h
+  /** Carries out the job at `address` on this thread. */
+  codecRun(address: number): void;
+  // codec-pool.cc
+  /**
+   * Opens a ring of jobs for the threads of the process, in memory that stays where it is: 64 bytes, then 72 for each entry.
+   * @param entries power of two
+   * @param eventFd signalled when a job is done and the first word of the memory is not 0, which is then set to 0
+   * @param threadsMax how many threads the process may have for jobs from now on
+   * @returns its number
+   */
+  codecOpen(address: number, entries: number, eventFd: number, threadsMax: number): number;
+  /** Waits for the job that is being carried out; those that wait are dropped. The memory may be released then. */
+  codecClose(ring: number): number;
+  /** (hot) Hands over a job, by its index. */
+  codecSubmit(ring: number, job: number): void;
+
   // file.cc
   /** open(2) with O_CLOEXEC. */
   fileOpen(path: string, flags: number, mode: number): number;

@@ -1,0 +1,59 @@
+/** Does each job at once, on the reactor, and gives it back in the reactor's next step: the same in every run, for simulations and tests. */
+import { native } from '../../../../native/index.js';
+import { PollPhase } from '../../../poller/poller.js';
+import type { Poller } from '../../../poller/poller.js';
+import type { Reactor } from '../../../poller/reactor.js';
+import { JobTable } from './codec-job.js';
+import type { CodecJob, CodecPool } from './codec-job.js';
+
+const JOBS_MAX = 256;
+
+export class SyncCodecPool implements CodecPool, Poller {
+  readonly #reactor: Reactor;
+  readonly #memory: number;
+  readonly #table: JobTable;
+  readonly #address: number;
+  readonly #done: (CodecJob | null)[] = new Array<CodecJob | null>(JOBS_MAX).fill(null);
+  #first = 0;
+  inflight = 0;
+
+  constructor(reactor: Reactor) {
+    this.#reactor = reactor;
+    this.#memory = reactor.arena.allocate(JobTable.JOB_BYTES);
+    this.#table = new JobTable(reactor.arena, this.#memory, 1);
+    this.#address = reactor.arena.baseAddress + this.#memory;
+    reactor.addPoller(this, PollPhase.take);
+  }
+
+  submit(job: CodecJob): boolean {
+    if (this.inflight === JOBS_MAX) return false;
+    this.#table.write(0, job);
+    native.codecRun(this.#address);
+    this.#table.readAnswer(0, job);
+    this.#done[(this.#first + this.inflight++) % JOBS_MAX] = job;
+    return true;
+  }
+
+  poll(): boolean {
+    // Only what is here now: an owner may submit more, which belongs to the next step.
+    const count = this.inflight;
+    for (let i = 0; i < count; i++) {
+      const job = this.#done[this.#first]!;
+      this.#done[this.#first] = null;
+      this.#first = (this.#first + 1) % JOBS_MAX;
+      this.inflight--;
+      job.owner.onCodecDone(job);
+    }
+    return count > 0;
+  }
+
+  /** What is done may be given back yet. */
+  arm(): boolean {
+    return this.inflight > 0;
+  }
+
+  close(): void {
+    this.#reactor.removePoller(this);
+    this.#reactor.arena.release(this.#memory);
+  }
+}
