@@ -104,7 +104,7 @@ export function qcow2(options = '', leaf: Partial<UringConfig> = {}, sizeBytes =
   execFileSync('qemu-img', words);
   const file: UringConfig = { ...uringDefaults, ...leaf, name: 'file', path };
   return {
-    configs: [file, qcow2Over('leaf', 'file')],
+    configs: [file, qcow2On()('leaf', 'file')],
     release: () => {
       const report = spawnSync('qemu-img', ['check', path], { encoding: 'utf8' });
       rmSync(folder, { recursive: true });
@@ -113,8 +113,10 @@ export function qcow2(options = '', leaf: Partial<UringConfig> = {}, sizeBytes =
   };
 }
 
-export const qcow2Over: Filter = (name, base) =>
-  ({ name, base, module: 'qcow2', backing: null, readOnly: false, l2CacheBytes: 2 ** 25 }) satisfies Qcow2Config;
+export function qcow2On(options: Partial<Qcow2Config> = {}): Filter {
+  const defaults = { backing: null, readOnly: false, l2CacheBytes: 2 ** 25, restartDir: '/dev/shm' };
+  return (name, base) => ({ ...defaults, ...options, name, base, module: 'qcow2' }) satisfies Qcow2Config;
+}
 
 export const passthru: Filter = (name, base) => ({ name, base, module: 'passthru' }) satisfies PassthruConfig;
 

@@ -12,7 +12,7 @@ import { SeededRandom } from '../../src/poller/clock.js';
 import { Oracle, Violation, valueOf } from '../sim/oracle.js';
 import { SECTOR_BYTES, SimDisk } from '../sim/sim-disk.js';
 import { Died, SimLife, SimMachine } from './sim-machine.js';
-import type { Stack } from './sim-machine.js';
+import type { MemoryFiles, Stack } from './sim-machine.js';
 import { Volume, readAll } from './volume.js';
 import type { Operation } from './volume.js';
 
@@ -32,6 +32,8 @@ export interface CrashOptions {
   readonly together?: boolean;
   /** Images tried of one crash. Default 32. */
   readonly imagesMax?: number;
+  /** Moments of an opening at which the process dies at most, evenly over it. Default: all. */
+  readonly openingsMax?: number;
   /** Looks at the disks as a crash left them, before they are opened. Throws Violation. */
   readonly verify?: (disks: readonly Uint8Array[]) => void;
 }
@@ -135,7 +137,7 @@ class Enumeration {
     life?.kill(part);
     const legal = oracle.legalAfter(end);
     try {
-      if (end === 'kill') this.#check(machine.disks, legal);
+      if (end === 'kill') this.#check(machine.disks, legal, machine.memory());
       else this.#checkImages(machine.disks, legal);
     } catch (error) {
       throw named(error, sequence, `${end} before event ${diesAt}`);
@@ -184,33 +186,49 @@ class Enumeration {
   }
 
   /** Opens the volume on the disks as they are, and compares; also when the process dies while it opens it. */
-  #check(disks: readonly SimDisk[], legal: readonly (readonly number[])[]): void {
+  #check(disks: readonly SimDisk[], legal: readonly (readonly number[])[], memory: MemoryFiles = new Map()): void {
     const hash = createHash('sha1').update(JSON.stringify(legal));
     for (const { view } of disks) hash.update(view);
+    for (const bytes of memory.values()) hash.update(bytes);
     const key = hash.digest('base64');
     if (this.#seen.has(key)) return;
     this.#seen.add(key);
     this.coverage.images++;
     this.#options.verify?.(disks.map(({ view }) => view));
-    const found = this.#readBack(disks.map(copyOf), legal);
-    for (let diesAt = 1; diesAt <= found.openingEvents; diesAt++) {
+    const found = this.#readBack(disks.map(copyOf), legal, memory);
+    const { openingsMax = Infinity } = this.#options;
+    const step = Math.max(1, found.openingEvents / openingsMax);
+    // Another moment first each time, so that all have their turn.
+    const first = 1 + (this.coverage.images % Math.ceil(step));
+    for (let moment = first; moment <= found.openingEvents; moment += step) {
+      const diesAt = Math.floor(moment);
       this.coverage.openings++;
       const again = disks.map(copyOf);
-      const machine = new SimMachine(again);
+      const machine = new SimMachine(again, memory);
       try {
         new SimLife(machine, this.#options.stack, { seed: SEED, diesAt }).kill();
       } catch (error) {
         if (!(error instanceof Died)) throw error;
       }
+      // What outlives a kill is taken along into the next life, or lost with the power where it was not needed any more.
+      const left = machine.memory();
       machine.close();
+      if (memory.size > 0) {
+        this.#readBack(again, legal, left);
+        continue;
+      }
       for (const disk of again) disk.powerCut(this.#random);
       this.#readBack(again, legal);
     }
   }
 
   /** Opens, reads and closes, twice: both must find the same. Returns what opening took. */
-  #readBack(disks: readonly SimDisk[], legal: readonly (readonly number[])[]): { openingEvents: number } {
-    const machine = new SimMachine(disks);
+  #readBack(
+    disks: readonly SimDisk[],
+    legal: readonly (readonly number[])[],
+    memory: MemoryFiles = new Map(),
+  ): { openingEvents: number } {
+    const machine = new SimMachine(disks, memory);
     const contents: Uint32Array[] = [];
     let openingEvents = 0;
     for (let i = 0; i < 2; i++) {

@@ -4,7 +4,7 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { BdevConfig } from '../../src/bdev/bdev.js';
-import { qcow2Over } from '../bdev/stacks.js';
+import { qcow2On } from '../bdev/stacks.js';
 import { SECTOR_BYTES } from '../sim/sim-disk.js';
 import { simDisk } from './sim-machine.js';
 import type { Stack } from './sim-machine.js';
@@ -22,7 +22,7 @@ export function newImage(options: string, sectors: number, fileBytes: number, ..
 }
 
 /** A qcow2 bdev on the first disk. */
-export const qcow2Stack: Stack = ([path]): readonly BdevConfig[] => [
+export const qcow2Stack: Stack = ([path], memoryDir): readonly BdevConfig[] => [
   simDisk('file', path!),
-  qcow2Over('volume', 'file'),
+  qcow2On({ restartDir: memoryDir })('volume', 'file'),
 ];

@@ -2,6 +2,8 @@
  * A bdev stack on simulated disks, without a guest: disks that outlive processes, and processes that use them and end, orderly or
  * at any request.
  */
+import { mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { join } from 'node:path';
 import { check, checkObject, native } from '../../native/index.js';
 import type { BdevConfig, BdevModule } from '../../src/bdev/bdev.js';
 import { modules } from '../../src/bdev/modules.js';
@@ -26,21 +28,30 @@ const STEP_US = 2;
 const STEPS_MAX = 100_000;
 
 let arena: SimArena | null = null;
-/** Makers of bdevs over the files at some paths, bases first; the last is the one to be used. */
-export type Stack = (paths: readonly string[]) => readonly BdevConfig[];
+/**
+ * Makers of bdevs over the files at some paths, bases first; the last is the one to be used. What lies in `memoryDir` outlives a
+ * process and not the host.
+ */
+export type Stack = (paths: readonly string[], memoryDir: string) => readonly BdevConfig[];
 
 /** Thrown where a process dies. */
 export class Died extends Error {}
+
+export type MemoryFiles = ReadonlyMap<string, Buffer>;
 
 /** The disks of one host. */
 export class SimMachine {
   readonly disks: readonly SimDisk[];
   /** Files whose size is all that is used of them. */
   readonly paths: readonly string[];
+  /** A folder on a tmpfs. */
+  readonly memoryDir = mkdtempSync('/dev/shm/strata-test-');
   readonly #fds: readonly number[];
   readonly #inodes: readonly number[];
 
-  constructor(disks: readonly SimDisk[]) {
+  /** @param memory files of the memory folder by name */
+  constructor(disks: readonly SimDisk[], memory: MemoryFiles = new Map()) {
+    for (const [name, bytes] of memory) writeFileSync(join(this.memoryDir, name), bytes);
     this.disks = disks;
     this.#fds = disks.map(({ sizeBytes }) => check(native.memfdCreate('sim-disk', sizeBytes), 'make a file'));
     this.paths = this.#fds.map((fd) => `/proc/self/fd/${fd}`);
@@ -51,8 +62,14 @@ export class SimMachine {
     return this.disks[this.#inodes.indexOf(inode)]!;
   }
 
+  /** What lies in the memory folder. */
+  memory(): MemoryFiles {
+    return new Map(readdirSync(this.memoryDir).map((name) => [name, readFileSync(join(this.memoryDir, name))]));
+  }
+
   close(): void {
     for (const fd of this.#fds) native.fileClose(fd);
+    rmSync(this.memoryDir, { recursive: true });
   }
 }
 
@@ -107,7 +124,7 @@ export class SimLife {
     this.#registry = new BdevRegistry(this.reactor, knownModules);
     try {
       this.open = this.#process.run(() => {
-        const configs = stack(machine.paths);
+        const configs = stack(machine.paths, machine.memoryDir);
         for (const config of configs) this.#registry.create(config);
         return this.#registry.open(configs.at(-1)!.name, 'harness', 'name');
       });

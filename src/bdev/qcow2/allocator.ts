@@ -127,22 +127,25 @@ export class Allocator {
     return this.cluster;
   }
 
-  /** Takes a reference from each of these clusters. Throws BdevError. */
-  *lower(cluster: number, count: number): Task<void> {
-    const { refcountBits, refcountsPerSlice } = this.#image.geometry;
-    for (let at = cluster; at < cluster + count; at++) {
-      const slot = yield* this.#slice(Math.floor(at / refcountsPerSlice));
-      const base = slot * this.cache.sliceBytes;
-      const index = at % refcountsPerSlice;
-      const value = slot < 0 ? 0 : refcountAt(this.#bytes, base, index, refcountBits);
-      if (value === 0 || !Number.isSafeInteger(value)) {
-        this.#image.onDamage(`refcount of cluster ${at}`, `is ${value}, and there is a reference`);
-        return;
-      }
-      setRefcount(this.#bytes, base, index, refcountBits, value - 1);
-      this.cache.markDirty(slot);
-      if (value === 1 && at < this.#scanFrom) this.#scanFrom = at;
+  /** Takes a reference from a cluster. Returns what is left, -1 when there was none: then the image is damaged. Throws BdevError. */
+  *lower(cluster: number): Task<number> {
+    const value = yield* this.refcount(cluster);
+    if (value === 0 || !Number.isSafeInteger(value)) {
+      this.#image.onDamage(`refcount of cluster ${cluster}`, `is ${value}, and there is a reference`);
+      return -1;
     }
+    yield* this.assign(cluster, value - 1);
+    return value - 1;
+  }
+
+  /** Sets the refcount of a cluster that has a counter. Throws BdevError. */
+  *assign(cluster: number, value: number): Task<void> {
+    const { refcountBits, refcountsPerSlice } = this.#image.geometry;
+    const slot = yield* this.#slice(Math.floor(cluster / refcountsPerSlice));
+    if (slot < 0) return;
+    setRefcount(this.#bytes, slot * this.cache.sliceBytes, cluster % refcountsPerSlice, refcountBits, value);
+    this.cache.markDirty(slot);
+    if (value === 0 && cluster < this.#scanFrom) this.#scanFrom = cluster;
   }
 
   /** The refcount of a cluster. */
@@ -307,7 +310,7 @@ export class Allocator {
     metadata.delete(oldFirst, oldClusters);
     this.#noteUsed(first + used);
     this.#table = table;
-    yield* this.lower(oldFirst, oldClusters);
+    for (let i = 0; i < oldClusters; i++) yield* this.lower(oldFirst + i);
   }
 
   /** From here on the header names the new table. */

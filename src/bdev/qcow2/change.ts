@@ -17,6 +17,7 @@ import type { IoOwner } from '../bdev-io.js';
 import type { Engine } from './engine.js';
 import { Mapped, hostOf, readHosts, unitBits, writeEntry, writeUnits } from './l2.js';
 import type { RequestJob } from './request-job.js';
+import { RecordKind } from './restart-log.js';
 import { Sleeper, WaitList } from './wait-list.js';
 
 /** Above this a cluster is zeroed by a request of its own instead of being written out. */
@@ -50,6 +51,8 @@ export class Change extends Sleeper implements IoOwner {
   #copiesTail = false;
   #outstanding = 0;
   #errno = 0;
+  /** The data is in the file. */
+  #isWritten = false;
 
   constructor(engine: Engine) {
     super();
@@ -79,6 +82,7 @@ export class Change extends Sleeper implements IoOwner {
     this.#isNew = isNew;
     this.#isZeroed = isZeroed;
     this.#errno = 0;
+    this.#isWritten = false;
     this.#slot = l2.find(engine.top.sliceOf(this.#offset));
     l2.pin(this.#slot);
     engine.activate(this);
@@ -95,9 +99,10 @@ export class Change extends Sleeper implements IoOwner {
     else this.#fill();
   }
 
-  /** A buffer has come free. */
+  /** A buffer has come free, or the log has room. */
   wakeUp(errno: number): void {
     if (errno !== 0) this.#end(errno);
+    else if (this.#isWritten) this.#enter();
     else this.#takeBuffer();
   }
 
@@ -219,9 +224,11 @@ export class Change extends Sleeper implements IoOwner {
 
   /** The data is written: the mapping may say so. */
   #enter(): void {
+    this.#isWritten = true;
     const engine = this.#engine;
     const { geometry, l2 } = engine.top;
     const { clusterBytes, entryWords, clustersPerSlice } = geometry;
+    if (engine.isLogFull(geometry.isExtended ? this.count : 1, this)) return;
     const { words } = l2;
     const base = l2.wordsOf(this.#slot);
     const end = this.#offset + this.#length + this.#tail;
@@ -246,10 +253,21 @@ export class Change extends Sleeper implements IoOwner {
       } else if (!this.#isNew) {
         writeEntry(words, at, hostOf(words, at), true, false);
       }
+      if (geometry.isExtended || i === 0) this.#log(cluster, at);
     }
     l2.markDirty(this.#slot);
     engine.noteChange();
     this.#end(0);
+  }
+
+  /** Writes down what entries say from here on: of subclusters one by one, otherwise of all clusters. */
+  #log(cluster: number, at: number): void {
+    const { log, top } = this.#engine;
+    if (log === null) return;
+    const { entryWords, isExtended } = top.geometry;
+    log.first = cluster;
+    for (let i = 0; i < 4; i++) log.value[i] = i < entryWords ? top.l2.words[at + i]! : 0;
+    log.append(this.#isNew ? RecordKind.map : RecordKind.set, isExtended ? 1 : this.count);
   }
 
   #end(errno: number): void {

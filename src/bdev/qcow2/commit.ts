@@ -22,7 +22,9 @@ import { BdevIo, IoQueue, IoStatus, IoType, statusOfErrno } from '../bdev-io.js'
 import type { IoOwner } from '../bdev-io.js';
 import type { Allocator } from './allocator.js';
 import type { Qcow2Image } from './image.js';
+import type { RestartLog } from './restart-log.js';
 import type { SliceCache } from './slice-cache.js';
+import { WaitList } from './wait-list.js';
 
 /** Slices that one round writes at most. */
 const STAGED_MAX = 1024;
@@ -52,6 +54,10 @@ export interface CommitOptions {
 export class Committer implements IoOwner, Timer {
   heapIndex = -1;
   dueUs = 0.5;
+  /** What is written down until a round has made it durable. */
+  log: RestartLog | null = null;
+  /** Woken at the end of each round. */
+  readonly waiters = new WaitList();
   readonly #options: CommitOptions;
   readonly #unitBytes: number;
   readonly #staging: number;
@@ -113,9 +119,10 @@ export class Committer implements IoOwner, Timer {
 
   /** A mapping was changed: it is written at the latest after a while. */
   noteChange(): void {
+    const { log } = this;
     const { image, reactor } = this.#options;
     if (this.heapIndex < 0) reactor.schedule(this, LAZY_US);
-    if (image.l2.dirtyCount * 2 > image.l2.slotCount) this.request();
+    if (image.l2.dirtyCount * 2 > image.l2.slotCount || (log !== null && log.isFilling)) this.request();
   }
 
   /** An entry of the L1 table was changed. */
@@ -205,7 +212,8 @@ export class Committer implements IoOwner, Timer {
       }
     }
     this.#takesAll = !this.isDirty;
-    if (!this.#takesAll) this.#isWanted = true;
+    if (this.#takesAll) this.log?.stage();
+    else this.#isWanted = true;
     if (this.#staged > 0 && this.heapIndex >= 0 && this.#takesAll) reactor.cancel(this);
   }
 
@@ -274,6 +282,7 @@ export class Committer implements IoOwner, Timer {
   }
 
   #end(): void {
+    const { log } = this;
     const { image, allocator, onRound } = this.#options;
     const isOk = this.#errno === 0;
     for (let i = 0; i < this.#staged; i++) {
@@ -284,7 +293,10 @@ export class Committer implements IoOwner, Timer {
     }
     this.#staged = 0;
     this.#phase = Phase.idle;
+    // Before anything that was waiting for the round can change what the log says.
+    if (isOk && this.#takesAll) log?.commit();
     if (isOk) onRound(this.#takesAll);
+    if (!this.waiters.isEmpty) this.waiters.wakeAll(this.#errno);
     image.loader.onRoom();
     allocator.loader.onRoom();
     const status = statusOfErrno(this.#errno);

@@ -12,6 +12,7 @@
  */
 import { EIO, EROFS } from '../../../native/index.js';
 import type { Reactor } from '../../poller/reactor.js';
+import { BdevError } from '../bdev.js';
 import type { IoChannel } from '../bdev.js';
 import { IoQueue, IoStatus, IoType, statusOfErrno } from '../bdev-io.js';
 import type { BdevIo, IoOwner } from '../bdev-io.js';
@@ -23,6 +24,8 @@ import type { Qcow2Image } from './image.js';
 import { Extent, Mapped } from './l2.js';
 import type { Dropped } from './l2.js';
 import { Piece, RequestJob } from './request-job.js';
+import { RecordKind } from './restart-log.js';
+import type { RestartLog } from './restart-log.js';
 import { newCopyEntries } from './segments.js';
 import { startTask } from './task.js';
 import type { Task } from './task.js';
@@ -80,6 +83,7 @@ export class Engine implements IoOwner {
   /** Null: the image is only read. */
   allocator: Allocator | null = null;
   committer: Committer | null = null;
+  log: RestartLog | null = null;
   isReadOnly = true;
   readonly #zeroExtent = new Extent();
   readonly #backedBytes: number;
@@ -166,7 +170,27 @@ export class Engine implements IoOwner {
   endJob(job: RequestJob, io: BdevIo, errno: number): void {
     this.#freeJobs.push(job);
     this.#leave(job.epoch);
-    io.complete(statusOfErrno(errno), errno);
+    // Without a log that outlives this process a change is answered when it is in the file.
+    if (job.hasChanged && errno === 0 && this.log === null) this.committer!.flush(io);
+    else io.complete(statusOfErrno(errno), errno);
+  }
+
+  /** Whether changes have to wait until the log has room for `records` more; the sleeper is woken at the end of a round. */
+  isLogFull(records: number, sleeper: Sleeper): boolean {
+    if (this.log === null || this.log.room >= records) return false;
+    this.committer!.waiters.add(sleeper);
+    this.committer!.request();
+    return true;
+  }
+
+  /** Waits until the log has room for a record. Throws BdevError. */
+  *roomInLog(): Task<void> {
+    while (this.log !== null && this.log.room < 1) {
+      this.committer!.request();
+      const errno = yield* sleep((sleeper) => this.committer!.waiters.add(sleeper));
+      if (errno !== 0)
+        throw new BdevError('io-error', 'base', `metadata cannot be written: errno ${errno}`, 'look at the device');
+    }
   }
 
   takePiece(): Piece {
@@ -267,7 +291,7 @@ export class Engine implements IoOwner {
 
   *#makeTable(table: number): Task<void> {
     const { top } = this;
-    const { clusterBytes, slicesPerTable, sliceBytes } = top.geometry;
+    const { clusterBytes } = top.geometry;
     const old = top.l1[table]!;
     const cluster = yield* this.allocator!.takeOne();
     const isZeroed = this.allocator!.isZeroed;
@@ -278,14 +302,30 @@ export class Engine implements IoOwner {
       if (old !== 0) yield* top.file.read(old, bytes);
       yield* top.file.write(offset, bytes);
     }
-    top.metadata.add(cluster);
+    yield* this.roomInLog();
+    if (this.log !== null) {
+      this.log.first = table;
+      this.log.value.fill(0);
+      this.log.value[0] = Math.floor(offset / 2 ** 32);
+      this.log.value[1] = offset % 2 ** 32;
+      this.log.append(RecordKind.table, 1);
+    }
+    this.enterTable(table, offset);
+  }
+
+  /** From here on the L1 table names this table. */
+  enterTable(table: number, offset: number): void {
+    const { top } = this;
+    const { clusterBytes, slicesPerTable, sliceBytes } = top.geometry;
+    const old = top.l1[table]!;
+    top.metadata.add(offset / clusterBytes);
     top.l1[table] = offset;
     top.l1Copied[table] = 1;
     for (let i = 0; i < slicesPerTable; i++) {
       const slot = top.l2.slotOf(table * slicesPerTable + i);
       if (slot >= 0) top.l2.setHome(slot, offset + i * sliceBytes);
     }
-    if (old !== 0) this.dropped.add(old / clusterBytes, 1);
+    if (old !== 0 && old !== offset) this.dropped.add(old / clusterBytes, 1);
     this.committer!.markL1(table);
   }
 
@@ -326,7 +366,18 @@ export class Engine implements IoOwner {
   }
 
   *#lower(pairs: readonly number[]): Task<void> {
-    for (let i = 0; i < pairs.length; i += 2) yield* this.allocator!.lower(pairs[i]!, pairs[i + 1]!);
+    for (let i = 0; i < pairs.length; i += 2) {
+      for (let cluster = pairs[i]!; cluster < pairs[i]! + pairs[i + 1]!; cluster++) {
+        yield* this.roomInLog();
+        const value = yield* this.allocator!.lower(cluster);
+        if (this.log === null || value < 0) continue;
+        this.log.first = cluster;
+        this.log.value.fill(0);
+        this.log.value[0] = Math.floor(value / 2 ** 32);
+        this.log.value[1] = value % 2 ** 32;
+        this.log.append(RecordKind.refcount, 1);
+      }
+    }
   }
 
   #flush(io: BdevIo): void {

@@ -54,6 +54,12 @@ export const Compatible = { lazyRefcounts: 1n } as const;
 /** Bits of `autoclear`. */
 export const Autoclear = { bitmaps: 1n, rawExternalData: 2n } as const;
 const AUTOCLEAR_KNOWN = 3n;
+/**
+ * While an image is served its upper 32 autoclear bits are the number of the session that writes to it, 0: none. Whoever else opens
+ * it for writing has to clear them, as bits that it does not know, so that what the session left behind is void (restart-log.ts).
+ */
+const SESSION_SHIFT = 32n;
+const SESSION_MASK = 0xffffffffn << SESSION_SHIFT;
 
 export const CryptMethod = { none: 0, aes: 1, luks: 2 } as const;
 export type CryptMethod = (typeof CryptMethod)[keyof typeof CryptMethod];
@@ -492,7 +498,17 @@ function encodeExtension({ type, data }: { type: number; data: Buffer }): Buffer
 
 /** Autoclear bits that whoever writes to the image has to clear first. */
 export function unknownAutoclear({ autoclear }: Pick<Qcow2Header, 'autoclear'>): bigint {
-  return autoclear & ~AUTOCLEAR_KNOWN;
+  return autoclear & ~(AUTOCLEAR_KNOWN | SESSION_MASK);
+}
+
+/** Number of the session that was writing to the image, 0: none. */
+export function sessionOf({ autoclear }: Pick<Qcow2Header, 'autoclear'>): number {
+  return Number((autoclear & SESSION_MASK) >> SESSION_SHIFT);
+}
+
+/** The autoclear bits with another session. */
+export function withSession(autoclear: bigint, session: number): bigint {
+  return (autoclear & ~SESSION_MASK) | (BigInt(session) << SESSION_SHIFT);
 }
 
 function unknownFeatures(unknown: bigint, names: readonly FeatureName[]): Error {

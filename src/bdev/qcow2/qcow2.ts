@@ -11,9 +11,19 @@ import { ChannelFile, TaskIo } from './channel-file.js';
 import { Committer } from './commit.js';
 import { Engine } from './engine.js';
 import type { Layer } from './engine.js';
-import { Autoclear, Incompatible, clusterBytesOf, featureWords, unknownAutoclear } from './format.js';
+import {
+  Autoclear,
+  Incompatible,
+  clusterBytesOf,
+  featureWords,
+  sessionOf,
+  unknownAutoclear,
+  withSession,
+} from './format.js';
 import { unsupportedImage } from './image-error.js';
 import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
+import { replay } from './replay.js';
+import { RestartLog } from './restart-log.js';
 import { completeTask, startTask } from './task.js';
 import type { Task } from './task.js';
 
@@ -26,9 +36,15 @@ export interface Qcow2Config extends BdevConfig {
   readonly readOnly: boolean;
   /** Most memory for the cache of L2 tables. */
   readonly l2CacheBytes: number;
+  /**
+   * A folder on a tmpfs, for what this process owes the image when it is killed (restart-log.ts). Null: changes of the mapping are
+   * made durable before they are answered.
+   */
+  readonly restartDir: string | null;
 }
 
 const REFCOUNT_CACHE_SLOTS = 256;
+const REPAIR = 'repair it: `strata img check -r all`';
 const HEADER_INCOMPATIBLE = 72;
 const HEADER_AUTOCLEAR = 88;
 
@@ -64,6 +80,8 @@ class Qcow2Bdev implements Bdev {
   readonly #engine: Engine;
   readonly #channels: IoChannel[] = [];
   readonly #file: ChannelFile;
+  /** Changes of a session that was killed, which were carried out. */
+  #replayed = 0;
   /** What made it take no more writes, or null. */
   #damage: string | null = null;
 
@@ -154,6 +172,7 @@ class Qcow2Bdev implements Bdev {
       bitmaps: bitmaps.map(({ name }) => name),
       l2CacheBytes: l2.slotCount * l2.sliceBytes,
       l2CacheCoversBytes: l2.slotCount * geometry.sliceCoverageBytes,
+      replayed: this.#replayed,
       damage: this.#damage,
     };
   }
@@ -163,9 +182,11 @@ class Qcow2Bdev implements Bdev {
     if (engine.committer !== null && engine.allocator !== null) {
       try {
         this.#complete(engine.settleAll(() => this.#flush()));
+        if (engine.log !== null) this.#complete(this.#endSession(engine.log));
       } catch (error) {
-        // What is left is leaked clusters: everything that was flushed is on disk.
         if (!(error instanceof BdevError)) throw error;
+        // Whoever opens the image next finds what is owed to it.
+        engine.log?.abandon();
       }
       engine.committer.release();
       engine.allocator.release();
@@ -207,18 +228,10 @@ class Qcow2Bdev implements Bdev {
     }
     if (this.readOnly) return;
     if ((header.incompatible & Incompatible.corrupt) !== 0n) {
-      throw unsupportedImage(
-        'header.incompatible_features',
-        'says that it is corrupt',
-        'repair it: `strata img check -r all`',
-      );
+      throw unsupportedImage('header.incompatible_features', 'says that it is corrupt', REPAIR);
     }
     if ((header.incompatible & Incompatible.dirty) !== 0n) {
-      throw unsupportedImage(
-        'header.incompatible_features',
-        'says that it is dirty',
-        'repair it: `strata img check -r all`',
-      );
+      throw unsupportedImage('header.incompatible_features', 'says that it is dirty', REPAIR);
     }
   }
 
@@ -235,13 +248,49 @@ class Qcow2Bdev implements Bdev {
       if (!(error instanceof BdevError)) throw error;
     }
     const broken = unknownAutoclear(header) | (header.autoclear & Autoclear.bitmaps);
-    if (broken === 0n) return;
-    const autoclear = header.autoclear & ~broken;
+    if (broken !== 0n) yield* this.#writeAutoclear(header.autoclear & ~broken);
+  }
+
+  *#writeAutoclear(autoclear: bigint): Task<void> {
     const field = Buffer.alloc(8);
     field.writeBigUInt64BE(autoclear);
     yield* this.#file.write(HEADER_AUTOCLEAR, field);
     yield* this.#file.sync();
-    this.#image.header = { ...header, autoclear };
+    this.#image.header = { ...this.#image.header, autoclear };
+  }
+
+  /** Carries out what the session before this one left behind, and begins a session of its own. */
+  *#beginSession(folder: string): Task<void> {
+    const { arena, random } = this.#reactor;
+    const engine = this.#engine;
+    const { header } = this.#image;
+    const left = sessionOf(header) === 0 ? null : RestartLog.open(folder, sessionOf(header), arena);
+    if (left !== null) {
+      try {
+        this.#replayed = yield* replay(engine, left);
+        yield* engine.settleAll(() => this.#flush());
+      } catch (error) {
+        left.abandon();
+        throw error;
+      }
+    }
+    const log = RestartLog.create(folder, arena, random);
+    try {
+      yield* this.#writeAutoclear(withSession(header.autoclear, log.session));
+    } catch (error) {
+      log.close();
+      left?.abandon();
+      throw error;
+    }
+    left?.close();
+    engine.log = log;
+    engine.committer!.log = log;
+  }
+
+  /** The image is whole without a log. */
+  *#endSession(log: RestartLog): Task<void> {
+    yield* this.#writeAutoclear(withSession(this.#image.header.autoclear, 0));
+    log.close();
   }
 
   #prepareWriting(channel: IoChannel): void {
@@ -266,6 +315,9 @@ class Qcow2Bdev implements Bdev {
       onRound: (isAll) => engine.onRound(isAll),
     });
     engine.isReadOnly = false;
+    const { restartDir } = this.#config;
+    // Version 2 has no bits that another program would clear.
+    if (restartDir !== null && image.header.version >= 3) this.#complete(this.#beginSession(restartDir));
   }
 
   #onDamage(field: string, problem: string): void {

@@ -21,11 +21,14 @@ import {
   writeEntry,
   writeUnits,
 } from './l2.js';
+import { RecordKind } from './restart-log.js';
 import { SegmentCursor } from './segments.js';
 import { Sleeper } from './wait-list.js';
 
 /** Pieces of one request under way at most. */
 const PIECES_MAX = 64;
+/** Entries that are cleared at once at most. */
+const CLEARED_MAX = 1024;
 const DOUBLE = 0.5;
 
 /** One transfer of a job. */
@@ -55,6 +58,8 @@ export class Piece implements IoOwner {
 export class RequestJob extends Sleeper {
   /** Of the engine's count of what is under way. */
   epoch = 0;
+  /** It changed the mapping. */
+  hasChanged = false;
   readonly #engine: Engine;
   readonly #cursor = new SegmentCursor();
   #io: BdevIo | null = null;
@@ -76,6 +81,7 @@ export class RequestJob extends Sleeper {
     this.#end = io.offsetBytes + io.lengthBytes;
     this.#outstanding = 0;
     this.#errno = 0;
+    this.hasChanged = false;
     if (io.type <= IoType.write) this.#cursor.begin(io);
     this.#advance();
   }
@@ -254,6 +260,7 @@ export class RequestJob extends Sleeper {
   }
 
   #startChange(length: number, first: number, count: number, host: number, isNew: boolean, isZeroed: boolean): void {
+    this.hasChanged = true;
     const change = this.#engine.takeChange();
     change.prepare(this, this.#position, length);
     this.#takeData(change.source, length);
@@ -329,10 +336,16 @@ export class RequestJob extends Sleeper {
     const wanted = Math.min(Math.ceil(end / clusterBytes) - first, clustersPerSlice - index);
     const free = this.#unclaimed(first, wanted);
     if (free === 0) return;
+    // As many as there may be at once: what waits is done again from its start.
+    if (engine.isLogFull(Math.min(free, CLEARED_MAX), this)) {
+      this.#isSleeping = true;
+      return;
+    }
     const slot = top.l2.find(top.sliceOf(this.#position));
     const base = top.l2.wordsOf(slot) + index * entryWords;
+    this.hasChanged = true;
     const isUnmap = this.#io!.type === IoType.discard || (this.#io!.flags & IoFlag.unmap) !== 0;
-    for (let i = 0; i < free; i++) {
+    for (let i = 0; i < Math.min(free, CLEARED_MAX); i++) {
       const at = base + i * entryWords;
       const start = (first + i) * clusterBytes;
       const from = Math.max(start, this.#position);
@@ -350,10 +363,19 @@ export class RequestJob extends Sleeper {
         }
         writeUnits(top.l2.words, at, unitBits(geometry, from - start, to - from), Mapped.zero);
       }
+      this.#log(first + i, at);
       top.l2.markDirty(slot);
       this.#position = Math.min(to, this.#end);
     }
     engine.noteChange();
+  }
+
+  #log(cluster: number, at: number): void {
+    const { log, top } = this.#engine;
+    if (log === null) return;
+    log.first = cluster;
+    for (let i = 0; i < 4; i++) log.value[i] = i < top.geometry.entryWords ? top.l2.words[at + i]! : 0;
+    log.append(RecordKind.set, 1);
   }
 
   #clearCluster(at: number, isUnmap: boolean, isBacked: boolean): void {

@@ -19,6 +19,7 @@ const DAY_US = 86_400_000_000;
 export const DEFAULT_POLL_US = 100;
 /** Covers 256 GiB of disk in clusters of 64 KiB. */
 export const DEFAULT_L2_CACHE_BYTES = 32 * 2 ** 20;
+export const DEFAULT_RESTART_DIR = '/dev/shm';
 /** A guest takes one queue for each of its processors; QEMU refuses a back-end that offers fewer than it asks for. */
 export const DEFAULT_QUEUES = 16;
 export const QUEUES_MAX = 64;
@@ -134,6 +135,7 @@ const bdev = z.discriminatedUnion('module', [
     backing: nameOf.nullable().default(null),
     read_only: z.boolean().default(false),
     l2_cache: size.default(DEFAULT_L2_CACHE_BYTES),
+    restart_dir: path.nullable().default(DEFAULT_RESTART_DIR),
   }),
 ]);
 

@@ -125,7 +125,7 @@ export function* repairSnapshots(file: ImageFile, header: Qcow2Header, report: R
     header,
     fileBytes,
     (offset, piece) => file.read(offset, piece),
-     
+
     function* (entry) {
       const problem = problemOf(entry, header);
       if (problem !== null) {
