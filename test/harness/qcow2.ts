@@ -4,7 +4,11 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { BdevConfig } from '../../src/bdev/bdev.js';
+import { checkImage } from '../../src/bdev/qcow2/check.js';
+import type { ImageFile } from '../../src/bdev/qcow2/image-file.js';
+import { completeTask } from '../../src/bdev/qcow2/task.js';
 import { qcow2On } from '../bdev/stacks.js';
+import { Violation } from '../sim/oracle.js';
 import { SECTOR_BYTES } from '../sim/sim-disk.js';
 import { simDisk } from './sim-machine.js';
 import type { Stack } from './sim-machine.js';
@@ -26,3 +30,24 @@ export const qcow2Stack: Stack = ([path], memoryDir): readonly BdevConfig[] => [
   simDisk('file', path!),
   qcow2On({ restartDir: memoryDir })('volume', 'file'),
 ];
+
+/** After a crash an image may have clusters that nobody uses, and nothing else. Throws Violation. */
+export function expectWhole([image]: readonly Uint8Array[]): void {
+  const file: ImageFile = {
+    sizeBytes: image!.length,
+    *read(offset, bytes) {
+      const there = image!.subarray(offset, offset + bytes.length);
+      bytes.set(there);
+      bytes.fill(0, there.length);
+    },
+    write: refuse,
+    sync: refuse,
+    grow: refuse,
+  };
+  const report = completeTask(checkImage(file, { repair: 'none' }), () => undefined);
+  if (report.corruptions > 0 || report.checkErrors > 0) throw new Violation(`the image: ${JSON.stringify(report)}`);
+}
+
+function refuse(): never {
+  throw new Error('a check writes nothing');
+}
