@@ -80,6 +80,9 @@ program
   )
   .action(rpc);
 
+// The program itself goes to img/img.ts, which is loaded instead of this file.
+program.command('img').description('make, check and convert images, as qemu-img does: see `strata img --help`');
+
 await program.parseAsync();
 
 async function serve(options: ServeOptions): Promise<void> {

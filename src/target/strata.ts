@@ -3,4 +3,4 @@
 import { prepareReactor } from './reactor-entry.js';
 
 if (process.argv[2] === 'serve') prepareReactor();
-await import('./commands.js');
+await (process.argv[2] === 'img' ? import('./img/img.js') : import('./commands.js'));

@@ -1,0 +1,128 @@
+/**
+ * What each part of a disk is, read from the tables of its image and of the images behind it, without their data.
+ *
+ * Invariants
+ * - A table is used after all of its entries were looked at.
+ * - What lies beyond the end of a backing image reads as zeroes.
+ */
+import { Geometry } from '../../bdev/qcow2/geometry.js';
+import { badImage } from '../../bdev/qcow2/image-error.js';
+import { Extent, Mapped, entryProblem, lookUp } from '../../bdev/qcow2/l2.js';
+import type { OpenImage } from './open-image.js';
+
+/** A part of the disk that is all of one kind. */
+export interface DiskExtent {
+  readonly start: number;
+  readonly lengthBytes: number;
+  /** `unallocated` holds nothing in any image of the chain: it reads as zeroes. */
+  readonly kind: 'data' | 'compressed' | 'zero' | 'unallocated';
+  /** Which image of the chain it is found in, 0 the first; the last one for what is nowhere. */
+  readonly depth: number;
+  /** Where its data is in the file of that image; null when it has none or it is compressed. */
+  readonly hostOffset: number | null;
+}
+
+const OFFSET_HIGH = 0x00ffffff;
+const OFFSET_LOW = 0xfffffe00;
+const KINDS = {
+  [Mapped.unallocated]: 'unallocated',
+  [Mapped.zero]: 'zero',
+  [Mapped.data]: 'data',
+  [Mapped.compressed]: 'compressed',
+} as const;
+
+/** One image of a chain. */
+class Layer {
+  readonly image: OpenImage;
+  readonly geometry: Geometry | null;
+  readonly #l1: Buffer;
+  #words = new Uint32Array(0);
+  #loaded = -1;
+  readonly #extent = new Extent();
+
+  constructor(image: OpenImage, l1?: { readonly offset: number; readonly entries: number }) {
+    this.image = image;
+    const { header, file } = image;
+    this.geometry = header === null ? null : new Geometry(header);
+    this.#l1 = Buffer.alloc((l1?.entries ?? header?.l1Entries ?? 0) * 8);
+    if (header !== null) file.readNow(l1?.offset ?? header.l1Offset, this.#l1);
+  }
+
+  /** What there is at an offset, for at most so many bytes. Throws BdevError. */
+  at(offset: number, wanted: number): Omit<DiskExtent, 'start' | 'depth'> {
+    const { geometry } = this;
+    const { sizeBytes } = this.image;
+    if (offset >= sizeBytes) return { lengthBytes: wanted, kind: 'zero', hostOffset: null };
+    const most = Math.min(wanted, sizeBytes - offset);
+    if (geometry === null) return { lengthBytes: most, kind: 'data', hostOffset: offset };
+    const tableIndex = Math.floor(offset / geometry.tableCoverageBytes);
+    const table = this.#tableOffset(tableIndex);
+    if (table === 0) {
+      const end = (tableIndex + 1) * geometry.tableCoverageBytes;
+      return { lengthBytes: Math.min(most, end - offset), kind: 'unallocated', hostOffset: null };
+    }
+    const slice = Math.floor(offset / geometry.sliceCoverageBytes);
+    this.#load(slice, table + (slice % geometry.slicesPerTable) * geometry.sliceBytes);
+    const extent = this.#extent;
+    extent.offsetBytes = offset;
+    extent.wantedBytes = Math.min(most, (slice + 1) * geometry.sliceCoverageBytes - offset);
+    lookUp(geometry, this.#words, 0, extent);
+    const { kind, lengthBytes, hostOffset } = extent;
+    return { kind: KINDS[kind], lengthBytes, hostOffset: kind === Mapped.data ? hostOffset : null };
+  }
+
+  #tableOffset(index: number): number {
+    const at = index * 8;
+    if (at >= this.#l1.length) return 0;
+    const high = this.#l1.readUInt32BE(at) & OFFSET_HIGH;
+    const offset = high * 2 ** 32 + ((this.#l1.readUInt32BE(at + 4) & OFFSET_LOW) >>> 0);
+    const { clusterBytes } = this.geometry!;
+    if (offset % clusterBytes !== 0 || offset + clusterBytes > this.image.file.sizeBytes + clusterBytes) {
+      throw badImage(`l1[${index}]`, `is ${offset}, which is no table of the file`);
+    }
+    return offset;
+  }
+
+  #load(slice: number, offset: number): void {
+    if (slice === this.#loaded) return;
+    const geometry = this.geometry!;
+    if (this.#words.length === 0) this.#words = new Uint32Array(geometry.sliceBytes / 4);
+    this.#loaded = -1;
+    this.image.file.readNow(offset, new Uint8Array(this.#words.buffer));
+    for (let at = 0; at < this.#words.length; at += geometry.entryWords) {
+      if ((this.#words[at]! | this.#words[at + 1]!) === 0 && geometry.entryWords === 2) continue;
+      const problem = entryProblem(geometry, this.#words, at);
+      if (problem !== null)
+        throw badImage(`l2[${slice * geometry.clustersPerSlice + at / geometry.entryWords}]`, problem);
+    }
+    this.#loaded = slice;
+  }
+}
+
+export interface MapRange {
+  readonly start?: number;
+  readonly lengthBytes?: number;
+  /** L1 table to read the first image by, as that of a snapshot. */
+  readonly l1?: { readonly offset: number; readonly entries: number };
+}
+
+/**
+ * The extents of a disk in order, of which neighbours may be alike.
+ * @param chain the image and those behind it. Throws BdevError.
+ */
+export function* mapDisk(chain: readonly OpenImage[], range: MapRange = {}): Generator<DiskExtent> {
+  const layers = chain.map((image, i) => new Layer(image, i === 0 ? range.l1 : undefined));
+  const start = Math.min(range.start ?? 0, chain[0]!.sizeBytes);
+  const end = Math.min(start + (range.lengthBytes ?? Infinity), chain[0]!.sizeBytes);
+  for (let offset = start; offset < end;) {
+    let wanted = end - offset;
+    for (let depth = 0; depth < layers.length; depth++) {
+      const found = layers[depth]!.at(offset, wanted);
+      wanted = found.lengthBytes;
+      if (found.kind === 'unallocated' && depth < layers.length - 1) continue;
+      yield { ...found, start: offset, depth };
+      break;
+    }
+    offset += wanted;
+  }
+}

@@ -1,0 +1,44 @@
+/** An image with the images behind it, which the operator trusts who asks for what the disk holds. */
+import { realpathSync } from 'node:fs';
+import { openImage, resolveName } from './open-image.js';
+import type { OpenImage } from './open-image.js';
+import { usage } from './words.js';
+
+const CHAIN_MAX = 200;
+
+/**
+ * Opens an image and its backing files for reading.
+ * @param format of the first one, or null to look at its first bytes. Throws BdevError; nothing stays open then.
+ */
+export function openChain(path: string, format: string | null, forceShare: boolean): OpenImage[] {
+  const chain: OpenImage[] = [];
+  const seen = new Set<string>();
+  try {
+    let next: string | null = path;
+    let nextFormat = format;
+    while (next !== null) {
+      const image = openImage(next, nextFormat, { mode: 'read', forceShare });
+      chain.push(image);
+      const real = realpathSync(next);
+      if (seen.has(real) || chain.length > CHAIN_MAX) {
+        throw usage('backing_file', `the backing chain leads back to '${next}'`, 'give one of the images another base');
+      }
+      seen.add(real);
+      const name: string | null = image.header?.backingFile ?? null;
+      nextFormat = image.header?.backingFormat ?? null;
+      if (name !== null && nextFormat === null) {
+        const hint = 'say it with `rebase -u -F`: a guess could be what a guest has written';
+        throw usage('backing_fmt', `${next} does not say which format its backing file has`, hint);
+      }
+      next = name === null ? null : resolveName(next, name);
+    }
+    return chain;
+  } catch (error) {
+    closeChain(chain);
+    throw error;
+  }
+}
+
+export function closeChain(chain: readonly OpenImage[]): void {
+  for (const { file } of chain) file.close();
+}
