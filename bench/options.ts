@@ -4,6 +4,8 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { numberOption, sizeOption } from '../src/target/options.js';
+import { QCOW2_CASES } from './qcow2.js';
+import type { Qcow2Case } from './qcow2.js';
 import { BACKINGS, DEPTHS, WORKLOADS } from './scenario.js';
 import type { Backing, Workload } from './scenario.js';
 
@@ -30,6 +32,7 @@ export interface BenchOptions {
   readonly idle: boolean;
   readonly inflight: boolean;
   readonly restart: boolean;
+  readonly qcow2?: readonly Qcow2Case[];
 }
 
 const ROOT = fileURLToPath(new URL('..', import.meta.url));
@@ -69,6 +72,7 @@ export function parseOptions(): BenchOptions {
       '--restart',
       'measure how long a guest waits while Strata is killed and started again, once a round, instead',
     )
+    .option('--qcow2 <cases>', `measure qcow2 images instead: some of ${QCOW2_CASES.join(',')}`, someOf(QCOW2_CASES))
     .parse();
   const given = program.opts<BenchOptions & { readonly quick?: boolean }>();
   if (given.quick !== true) return given;

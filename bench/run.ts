@@ -14,6 +14,7 @@ import { measureIdle, renderIdle } from './idle.js';
 import type { IdleResult } from './idle.js';
 import { measureInflight, renderInflight } from './inflight.js';
 import type { InflightResult } from './inflight.js';
+import { measureQcow2 } from './qcow2.js';
 import { diskSpec, measureDisk, withDaemons } from './matrix.js';
 import { parseOptions } from './options.js';
 import type { BenchOptions } from './options.js';
@@ -98,6 +99,10 @@ async function runRestart(directory: string, options: BenchOptions): Promise<voi
   console.log(renderRestart(await measureRestart(directory, options.rounds)));
 }
 
+async function runQcow2(directory: string, options: BenchOptions): Promise<void> {
+  console.log(await measureQcow2(options.qcow2 ?? [], directory, options));
+}
+
 async function main(): Promise<void> {
   const options = parseOptions();
   const directory = mkdtempSync(join(tmpdir(), 'strata-bench-'));
@@ -106,7 +111,16 @@ async function main(): Promise<void> {
   await requirePrograms(options);
   // A guest that waits leaves its core to the daemon.
   if (!options.restart) check(native.threadSetAffinity(options.clientCore), `run on core ${options.clientCore}`);
-  const run = options.restart ? runRestart : options.idle ? runIdle : options.inflight ? runInflight : runMatrix;
+  const run =
+    options.qcow2 !== undefined
+      ? runQcow2
+      : options.restart
+        ? runRestart
+        : options.idle
+          ? runIdle
+          : options.inflight
+            ? runInflight
+            : runMatrix;
   await run(directory, options);
 }
 

@@ -43,6 +43,8 @@ export const IoFlag = {
   fua: 1,
   /** A writeZeroes may deallocate the range. */
   unmap: 2,
+  /** A writeZeroes that takes more than a word to the storage is notSupported: it is not worth writing zeroes. */
+  noFallback: 4,
 } as const;
 
 /** Whoever pushed itself on the io's completion stack. One class, one `onDone`: keep call sites monomorphic. */

@@ -182,6 +182,7 @@ class SplitJob implements IoOwner {
     this.#segmentOffset = 0;
     const fua = (parent.flags & IoFlag.fua) !== 0;
     this.#emulateZeroes = parent.type === IoType.writeZeroes && !bdev.supports(IoType.writeZeroes);
+    if (this.#emulateZeroes && this.#mayNotWrite()) this.fail(IoStatus.notSupported, 0);
     this.#flushDue = fua && !this.#nativeFua(parent.type) && bdev.supports(IoType.flush);
     this.advance();
   }
@@ -216,7 +217,7 @@ class SplitJob implements IoOwner {
 
   onDone(io: BdevIo): void {
     const child = this.#pool.childOf(io);
-    if (io.status === IoStatus.notSupported && io.type === IoType.writeZeroes) {
+    if (io.status === IoStatus.notSupported && io.type === IoType.writeZeroes && !this.#mayNotWrite()) {
       // The module found out that the file below cannot: write zeroes over the whole range instead.
       if (!this.#emulateZeroes) this.#started = 0;
       this.#emulateZeroes = true;
@@ -259,6 +260,10 @@ class SplitJob implements IoOwner {
     if (this.#starving) return;
     this.#parent = null;
     this.#pool.done(this, parent, this.#status, this.#errno);
+  }
+
+  #mayNotWrite(): boolean {
+    return (this.#parent!.flags & IoFlag.noFallback) !== 0;
   }
 
   #nativeFua(type: IoType): boolean {

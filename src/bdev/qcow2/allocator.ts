@@ -25,9 +25,9 @@ import type { Task } from './task.js';
 import { WaitList, sleep } from './wait-list.js';
 import type { Sleeper } from './wait-list.js';
 
-/** The file grows by an eighth of its size, within these bounds: it is sparse, and its size costs nothing. */
-const GROW_BYTES_MIN = 2 ** 24;
-const GROW_BYTES_MAX = 2 ** 30;
+/** The file grows by steps that double: by this at first, by that at last. */
+const GROW_BYTES_MIN = 2 ** 20;
+const GROW_BYTES_MAX = 2 ** 26;
 /** Where the header names the refcount table: offset and clusters, 12 bytes. */
 const HEADER_REFCOUNT_TABLE = 48;
 const DOUBLE = 0.5;
@@ -61,6 +61,13 @@ export class Allocator {
   /** From here on the file was made by growing it: zeroes. */
   #zeroFrom = Infinity;
   #isRefilling = false;
+  /** Clusters of the file that may be handed out: what is allocated ahead is zeroed meanwhile, so nothing may be written there. */
+  #usable = DOUBLE;
+  /** What the file grows by next; from which cluster on; whether it does. */
+  #growBytes = GROW_BYTES_MIN;
+  #aheadFrom = Infinity;
+  #isGrowing = false;
+  readonly #growing = new WaitList();
   readonly #waiters = new WaitList();
 
   constructor({ image, reactor, channel, refcountTable, cacheSlots, onCacheFull }: AllocatorOptions) {
@@ -73,15 +80,17 @@ export class Allocator {
     this.#runStart = 0;
     this.#runEnd = 0;
     this.#scanFrom = 0;
+    this.#usable = this.#fileClusters();
   }
 
   get isIdle(): boolean {
-    return !this.#isRefilling;
+    return !this.#isRefilling && !this.#isGrowing;
   }
 
   /** The sleeper is woken when no search is under way any more. */
   whenIdle(sleeper: Sleeper): void {
     if (this.#isRefilling) this.#waiters.add(sleeper);
+    else if (this.#isGrowing) this.#growing.add(sleeper);
     else sleeper.wakeUp(0);
   }
 
@@ -99,6 +108,7 @@ export class Allocator {
     this.#runStart += count;
     this.#runIndex += count;
     if (this.#runStart > this.#zeroFrom) this.#zeroFrom = this.#runStart;
+    if (this.#runStart > this.#aheadFrom) this.#growAhead();
     return count;
   }
 
@@ -163,6 +173,8 @@ export class Allocator {
     this.cache.clear();
     this.#scanFrom = 0;
     this.#zeroFrom = Infinity;
+    this.#aheadFrom = Infinity;
+    this.#usable = this.#fileClusters();
     this.#table = refcountTable;
   }
 
@@ -227,19 +239,49 @@ export class Allocator {
   *#makeRoom(start: number, end: number): Task<number> {
     const { file, geometry } = this.#image;
     const { clusterBytes } = geometry;
-    const sizeBytes = file.sizeBytes;
-    const there = Math.floor(sizeBytes / clusterBytes);
-    if (there > start) return Math.min(end, there);
-    const stepBytes = Math.min(GROW_BYTES_MAX, Math.max(GROW_BYTES_MIN, sizeBytes / 8));
-    const least = (start + 1) * clusterBytes;
-    const wanted = Math.ceil((sizeBytes + stepBytes) / clusterBytes) * clusterBytes;
-    if (least > OFFSET_LIMIT) throw noSpace('the largest file there is');
-    if (!(yield* this.#grow(wanted)) && !(yield* this.#grow(least))) throw noSpace(file.bdev.name);
-    if (this.#zeroFrom === Infinity) this.#zeroFrom = Math.ceil(sizeBytes / clusterBytes);
-    return Math.min(end, Math.floor(file.sizeBytes / clusterBytes));
+    if ((start + 1) * clusterBytes > OFFSET_LIMIT) throw noSpace('the largest file there is');
+    while (this.#usable <= start) {
+      if (this.#isGrowing) yield* sleep((sleeper) => this.#growing.add(sleeper));
+      else if (!(yield* this.#grow(start + 1))) throw noSpace(file.bdev.name);
+    }
+    return Math.min(end, this.#usable);
   }
 
-  *#grow(sizeBytes: number): Task<boolean> {
+  #fileClusters(): number {
+    return Math.floor(this.#image.file.sizeBytes / this.#image.geometry.clusterBytes);
+  }
+
+  /**
+   * Makes the file longer by a step, at least to `clusters`, and has its storage allocated: a write that has to allocate is several
+   * times as dear. Returns false when that cannot be.
+   */
+  *#grow(clusters: number): Task<boolean> {
+    const { file, geometry } = this.#image;
+    const { clusterBytes } = geometry;
+    const sizeBytes = file.sizeBytes;
+    const least = clusters * clusterBytes;
+    const wanted = Math.ceil(Math.max(least, sizeBytes + this.#growBytes) / clusterBytes) * clusterBytes;
+    this.#isGrowing = true;
+    try {
+      if (!(yield* this.#resize(wanted)) && !(yield* this.#resize(least))) return false;
+      if (this.#zeroFrom === Infinity) this.#zeroFrom = Math.ceil(sizeBytes / clusterBytes);
+      this.#growBytes = Math.min(GROW_BYTES_MAX, this.#growBytes * 2);
+      yield* file.allocate(sizeBytes, file.sizeBytes - sizeBytes);
+      return true;
+    } catch (error) {
+      // No storage left, perhaps: whoever writes there will be told.
+      if (error instanceof BdevError) return true;
+      throw error;
+    } finally {
+      this.#isGrowing = false;
+      this.#usable = this.#fileClusters();
+      // The last half of the step is left when the next one begins.
+      this.#aheadFrom = this.#fileClusters() - this.#growBytes / 4 / clusterBytes;
+      this.#growing.wakeAll(0);
+    }
+  }
+
+  *#resize(sizeBytes: number): Task<boolean> {
     try {
       yield* this.#image.file.grow(sizeBytes);
       return true;
@@ -247,6 +289,24 @@ export class Allocator {
       if (error instanceof BdevError) return false;
       throw error;
     }
+  }
+
+  /** Grows the file before it has to be waited for. */
+  #growAhead(): void {
+    if (this.#isGrowing || this.#zeroFrom === Infinity) return;
+    startTask(
+      this.#grow(0),
+      () => undefined,
+      () => undefined,
+    );
+  }
+
+  /** Gives back the storage that was allocated ahead. */
+  *trim(): Task<void> {
+    const { file, geometry } = this.#image;
+    if (this.#zeroFrom === Infinity) return;
+    const from = this.#zeroFrom * geometry.clusterBytes;
+    if (from < file.sizeBytes) yield* file.deallocate(from, file.sizeBytes - from);
   }
 
   /** A block for counters that have none: the first cluster that it counts is where it lies. */

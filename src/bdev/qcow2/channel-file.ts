@@ -7,7 +7,7 @@
 import type { Reactor } from '../../poller/reactor.js';
 import { BdevError } from '../bdev.js';
 import type { Bdev, IoChannel } from '../bdev.js';
-import { BdevIo, IO_TYPE_NAMES, IoStatus, IoType } from '../bdev-io.js';
+import { BdevIo, IO_TYPE_NAMES, IoFlag, IoStatus, IoType } from '../bdev-io.js';
 import type { IoOwner } from '../bdev-io.js';
 import type { ImageFile } from './image-file.js';
 import type { Task, Wait, Waiter } from './task.js';
@@ -30,7 +30,8 @@ export class TaskIo implements Wait, IoOwner {
   *run(): Task<void> {
     yield this;
     const { type, status, errno, offsetBytes, lengthBytes } = this.io;
-    if (status === IoStatus.success) return;
+    // Only what may be left out says that it is not supported.
+    if (status === IoStatus.success || status === IoStatus.notSupported) return;
     const words = `${IO_TYPE_NAMES[type]} of ${lengthBytes} bytes at ${offsetBytes} of bdev ${this.#bdev.name}`;
     const code = status === IoStatus.noSpace ? 'no-space' : 'io-error';
     const hint = status === IoStatus.noSpace ? 'make room' : 'look at the device and the log of the kernel';
@@ -101,10 +102,20 @@ export class ChannelFile implements ImageFile {
     if (wanted > this.sizeBytes) size.resize(wanted);
   }
 
-  /** Zeroes that are allocated, or not, as the bdev likes: any whole blocks. Throws BdevError. */
-  *zero(offset: number, lengthBytes: number): Task<void> {
+  /** Has the storage allocate whole blocks that read as zeroes, where it can do so without writing. Throws BdevError. */
+  *allocate(offset: number, lengthBytes: number): Task<void> {
+    yield* this.#clear(IoType.writeZeroes, offset, lengthBytes, IoFlag.noFallback);
+  }
+
+  /** Has the storage give whole blocks back, if it can. Throws BdevError. */
+  *deallocate(offset: number, lengthBytes: number): Task<void> {
+    yield* this.#clear(IoType.discard, offset, lengthBytes, 0);
+  }
+
+  *#clear(type: IoType, offset: number, lengthBytes: number, flags: number): Task<void> {
+    if (!this.bdev.supports(type)) return;
     const request = new TaskIo(this.channel, this.bdev);
-    request.io.prepare(IoType.writeZeroes, offset, lengthBytes, 0);
+    request.io.prepare(type, offset, lengthBytes, flags);
     yield* request.run();
   }
 

@@ -182,6 +182,7 @@ class Qcow2Bdev implements Bdev {
     if (engine.committer !== null && engine.allocator !== null) {
       try {
         this.#complete(engine.settleAll(() => this.#flush()));
+        this.#complete(engine.allocator.trim());
         if (engine.log !== null) this.#complete(this.#endSession(engine.log));
       } catch (error) {
         if (!(error instanceof BdevError)) throw error;
