@@ -456,9 +456,17 @@ export function encodeHeader(header: Qcow2Header): Buffer {
   return bytes;
 }
 
+/** Ones that say where things are come first: they belong into the first sector, with the fields that change together with them. */
 function extensionsOf(header: Qcow2Header): { type: number; data: Buffer }[] {
   const all: { type: number; data: Buffer }[] = [];
   const add = (type: number, data: Buffer): void => void all.push({ type, data });
+  if (header.bitmaps !== null) {
+    const data = Buffer.alloc(BITMAPS_EXTENSION_BYTES);
+    data.writeUInt32BE(header.bitmaps.count, 0);
+    writeUInt64(data, header.bitmaps.directoryBytes, 8);
+    writeUInt64(data, header.bitmaps.directoryOffset, 16);
+    add(Extension.bitmaps, data);
+  }
   if (header.backingFormat !== null) add(Extension.backingFormat, Buffer.from(header.backingFormat, 'utf8'));
   if (header.dataFile !== null) add(Extension.dataFile, Buffer.from(header.dataFile, 'utf8'));
   if (header.luksHeader !== null) {
@@ -467,6 +475,7 @@ function extensionsOf(header: Qcow2Header): { type: number; data: Buffer }[] {
     writeUInt64(data, header.luksHeader.lengthBytes, 8);
     add(Extension.luksHeader, data);
   }
+  for (const { type, data } of header.unknownExtensions) add(type, data);
   if (header.featureNames.length > 0) {
     const data = Buffer.alloc(FEATURE_NAME_BYTES * header.featureNames.length);
     header.featureNames.forEach(({ kind, bit, name }, i) => {
@@ -476,14 +485,6 @@ function extensionsOf(header: Qcow2Header): { type: number; data: Buffer }[] {
     });
     add(Extension.featureNames, data);
   }
-  if (header.bitmaps !== null) {
-    const data = Buffer.alloc(BITMAPS_EXTENSION_BYTES);
-    data.writeUInt32BE(header.bitmaps.count, 0);
-    writeUInt64(data, header.bitmaps.directoryBytes, 8);
-    writeUInt64(data, header.bitmaps.directoryOffset, 16);
-    add(Extension.bitmaps, data);
-  }
-  for (const { type, data } of header.unknownExtensions) add(type, data);
   add(Extension.end, Buffer.alloc(0));
   return all;
 }
