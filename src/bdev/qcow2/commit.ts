@@ -122,7 +122,8 @@ export class Committer implements IoOwner, Timer {
     const { log } = this;
     const { image, reactor } = this.#options;
     if (this.heapIndex < 0) reactor.schedule(this, LAZY_US);
-    if (image.l2.dirtyCount * 2 > image.l2.slotCount || (log !== null && log.isFilling)) this.request();
+    const isCrowded = !image.isCached && image.l2.dirtyCount * 2 > image.l2.slotCount;
+    if (isCrowded || (log !== null && log.isFilling)) this.request();
   }
 
   /** An entry of the L1 table was changed. */
@@ -217,20 +218,24 @@ export class Committer implements IoOwner, Timer {
     if (this.#staged > 0 && this.heapIndex >= 0 && this.#takesAll) reactor.cancel(this);
   }
 
+  /** Copies what is dirty of a cache, in the order of the file. */
   #copy(cache: SliceCache, kind: number): void {
     const { baseAddress } = this.#options.reactor.arena;
-    let count = 0;
-    while (this.#staged < this.#capacity) {
-      const slot = cache.beginWrite();
-      if (slot < 0) break;
-      const entry = count++ * COPY_DOUBLES;
-      this.#copies[entry] = baseAddress + this.#addressOf(this.#staged);
-      this.#copies[entry + 1] = baseAddress + cache.addressOf(slot);
-      this.#copies[entry + 2] = cache.sliceBytes;
-      this.#kinds[this.#staged] = kind;
-      this.#places[this.#staged++] = slot;
+    const first = this.#staged;
+    for (let slot = 0; this.#staged < this.#capacity && slot >= 0;) {
+      slot = cache.beginWrite();
+      if (slot >= 0) this.#places[this.#staged++] = slot;
     }
-    if (count > 0) native.copyList(this.#copies, count);
+    const places = this.#places.subarray(first, this.#staged);
+    if (places.length > 1) places.sort((a, b) => cache.homeOf(a) - cache.homeOf(b));
+    for (let i = 0; i < places.length; i++) {
+      const entry = i * COPY_DOUBLES;
+      this.#kinds[first + i] = kind;
+      this.#copies[entry] = baseAddress + this.#addressOf(first + i);
+      this.#copies[entry + 1] = baseAddress + cache.addressOf(places[i]!);
+      this.#copies[entry + 2] = cache.sliceBytes;
+    }
+    if (places.length > 0) native.copyList(this.#copies, places.length);
   }
 
   #encodeL1(unit: number, address: number): void {
@@ -247,23 +252,44 @@ export class Committer implements IoOwner, Timer {
     }
   }
 
+  /** Writes staged pieces; those that lie together in the file by one request. */
   #write(from: number, to: number): void {
-    const { image, channel, allocator } = this.#options;
-    for (let i = from; i < to; i++) {
+    const { image, channel } = this.#options;
+    const { sliceBytes } = image.geometry;
+    for (let i = from; i < to;) {
+      const kind = this.#kinds[i];
+      const home = this.#homeOf(i);
+      let count = 1;
+      if (kind !== Kind.l1) {
+        while (
+          i + count < to &&
+          this.#kinds[i + count] === kind &&
+          this.#homeOf(i + count) === home + count * sliceBytes
+        ) {
+          count++;
+        }
+      }
       const io = (this.#ios[i] ??= new BdevIo(1));
-      const isL1 = this.#kinds[i] === Kind.l1;
-      const place = this.#places[i]!;
-      const lengthBytes = isL1 ? this.#unitBytes : image.geometry.sliceBytes;
-      const home = isL1
-        ? image.header.l1Offset + place * this.#unitBytes
-        : this.#kinds[i] === Kind.l2
-          ? image.l2.homeOf(place)
-          : allocator.cache.homeOf(place);
+      const lengthBytes = kind === Kind.l1 ? this.#unitBytes : count * sliceBytes;
       io.prepare(IoType.write, home, lengthBytes, 0);
       io.addSegment(this.#addressOf(i), lengthBytes);
       io.push(this, 0);
       this.#outstanding++;
+      i += count;
       channel.submit(io);
+    }
+  }
+
+  #homeOf(staged: number): number {
+    const { image, allocator } = this.#options;
+    const place = this.#places[staged]!;
+    switch (this.#kinds[staged]) {
+      case Kind.refcounts:
+        return allocator.cache.homeOf(place);
+      case Kind.l2:
+        return image.l2.homeOf(place);
+      default:
+        return image.header.l1Offset + place * this.#unitBytes;
     }
   }
 

@@ -74,6 +74,11 @@ export class Qcow2Image {
     });
   }
 
+  /** The cache has room for the whole mapping. */
+  get isCached(): boolean {
+    return this.l2.slotCount * this.geometry.sliceCoverageBytes >= this.header.sizeBytes;
+  }
+
   get sizeBytes(): number {
     return this.header.sizeBytes;
   }
