@@ -25,6 +25,7 @@
         "native/addon.cc",
         "native/arena.cc",
         "native/bytes.cc",
+        "native/cipher.cc",
         "native/codec-pool.cc",
         "native/codec.cc",
         "native/file.cc",

@@ -20,6 +20,7 @@ void ExportRaw(Napi::Env env, Napi::Object exports, const char* name, RawCallbac
 static Napi::Object Init(Napi::Env env, Napi::Object exports) {
   InitArena(env, exports);
   InitBytes(env, exports);
+  InitCipher(env, exports);
   InitCodec(env, exports);
   InitCodecPool(env, exports);
   InitFile(env, exports);

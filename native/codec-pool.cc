@@ -95,7 +95,7 @@ bool RunOne(CodecContexts* contexts, int* first) {
     uint32_t number;
     bool found = ring->open.load() && Take(ring, &number);
     if (found) {
-      contexts->Run(&ring->jobs[number]);
+      contexts->Run(&ring->jobs[number], false);
       Complete(ring, number);
       *first = at + 1;
     }

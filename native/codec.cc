@@ -33,7 +33,7 @@ void PointAt(const CodecJob& job, z_stream* stream) {
 CodecStatus CodecContexts::Inflate(const CodecJob& job, size_t* produced) {
   if (inflate_ == nullptr) {
     auto stream = std::make_unique<Stream<inflateEnd>>();
-    if (inflateInit2(stream.get(), kInflateWindowBits) != Z_OK) return CodecStatus::kNoMemory;
+    if (inflateInit2(stream.get(), kInflateWindowBits) != Z_OK) return CodecStatus::kFailed;
     inflate_ = std::move(stream);
   } else {
     inflateReset(inflate_.get());
@@ -41,7 +41,7 @@ CodecStatus CodecContexts::Inflate(const CodecJob& job, size_t* produced) {
   PointAt(job, inflate_.get());
   int outcome = inflate(inflate_.get(), Z_FINISH);
   *produced = job.capacity_bytes - inflate_->avail_out;
-  if (outcome == Z_MEM_ERROR) return CodecStatus::kNoMemory;
+  if (outcome == Z_MEM_ERROR) return CodecStatus::kFailed;
   if (inflate_->avail_out == 0 && (outcome == Z_STREAM_END || outcome == Z_BUF_ERROR)) return CodecStatus::kOk;
   return outcome == Z_STREAM_END ? CodecStatus::kShort : CodecStatus::kDamaged;
 }
@@ -51,7 +51,7 @@ CodecStatus CodecContexts::Deflate(const CodecJob& job, size_t* produced) {
     auto stream = std::make_unique<Stream<deflateEnd>>();
     int outcome =
         deflateInit2(stream.get(), job.level, Z_DEFLATED, kDeflateWindowBits, kDeflateMemoryLevel, Z_DEFAULT_STRATEGY);
-    if (outcome != Z_OK) return CodecStatus::kNoMemory;
+    if (outcome != Z_OK) return CodecStatus::kFailed;
     deflate_ = std::move(stream);
     deflate_level_ = job.level;
   } else {
@@ -67,7 +67,7 @@ CodecStatus CodecContexts::Deflate(const CodecJob& job, size_t* produced) {
 CodecStatus CodecContexts::ZstdDecompress(const CodecJob& job, size_t* produced) {
   if (zstd_in_ == nullptr) {
     zstd_in_.reset(ZSTD_createDCtx());
-    if (zstd_in_ == nullptr) return CodecStatus::kNoMemory;
+    if (zstd_in_ == nullptr) return CodecStatus::kFailed;
     ZSTD_DCtx_setParameter(zstd_in_.get(), ZSTD_d_windowLogMax, kZstdWindowBitsMax);
   } else {
     ZSTD_DCtx_reset(zstd_in_.get(), ZSTD_reset_session_only);
@@ -90,7 +90,7 @@ CodecStatus CodecContexts::ZstdDecompress(const CodecJob& job, size_t* produced)
 CodecStatus CodecContexts::ZstdCompress(const CodecJob& job, size_t* produced) {
   if (zstd_out_ == nullptr) {
     zstd_out_.reset(ZSTD_createCCtx());
-    if (zstd_out_ == nullptr) return CodecStatus::kNoMemory;
+    if (zstd_out_ == nullptr) return CodecStatus::kFailed;
   }
   ZSTD_CCtx_setParameter(zstd_out_.get(), ZSTD_c_compressionLevel, job.level);
   size_t outcome =
@@ -100,7 +100,27 @@ CodecStatus CodecContexts::ZstdCompress(const CodecJob& job, size_t* produced) {
   return CodecStatus::kOk;
 }
 
-void CodecContexts::Run(CodecJob* shared) {
+// A thread of the pool takes a copy of the keyed contexts, and does not keep it.
+CodecStatus CodecContexts::Crypt(const CodecJob& job, bool is_owner, size_t* produced) {
+  if (job.source_bytes > job.capacity_bytes || job.source_bytes % kCipherSectorBytes != 0) return CodecStatus::kTooLong;
+  bool encrypt = job.operation == CodecOperation::kEncrypt;
+  auto sector = static_cast<uint64_t>(job.sector);
+  bool good;
+  if (is_owner) {
+    Cipher& cipher = OwnCipherOf(job.cipher);
+    good = cipher.Run(&cipher.own, encrypt, Source(job), Destination(job), job.source_bytes, sector);
+  } else {
+    const Cipher& cipher = CipherOf(job.cipher);
+    if (cipher_.encrypt == nullptr && !cipher_.Make()) return CodecStatus::kFailed;
+    good = cipher_.CopyFrom(cipher.keyed) &&
+           cipher.Run(&cipher_, encrypt, Source(job), Destination(job), job.source_bytes, sector);
+    cipher_.Reset();
+  }
+  *produced = good ? job.source_bytes : 0;
+  return good ? CodecStatus::kOk : CodecStatus::kFailed;
+}
+
+void CodecContexts::Run(CodecJob* shared, bool is_owner) {
   const CodecJob job = *shared;
   CodecStatus status = CodecStatus::kDamaged;
   size_t produced = 0;
@@ -109,6 +129,8 @@ void CodecContexts::Run(CodecJob* shared) {
     case CodecOperation::kDeflate: status = Deflate(job, &produced); break;
     case CodecOperation::kZstdDecompress: status = ZstdDecompress(job, &produced); break;
     case CodecOperation::kZstdCompress: status = ZstdCompress(job, &produced); break;
+    case CodecOperation::kEncrypt:
+    case CodecOperation::kDecrypt: status = Crypt(job, is_owner, &produced); break;
   }
   shared->produced_bytes = static_cast<uint32_t>(produced);
   shared->status = status;
@@ -116,10 +138,10 @@ void CodecContexts::Run(CodecJob* shared) {
 
 namespace {
 
-// codecRun(address): carries out the job at that address on the calling thread.
+// codecRun(job): carries out the job at the start of a typed array on the calling thread.
 void RunHere(const v8::FunctionCallbackInfo<v8::Value>& info) {
   thread_local CodecContexts contexts;
-  contexts.Run(reinterpret_cast<CodecJob*>(static_cast<uintptr_t>(Number(info, 0))));
+  contexts.Run(static_cast<CodecJob*>(ViewData(info, 0)), true);
 }
 
 }  // namespace

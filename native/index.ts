@@ -78,9 +78,20 @@ export interface Native {
   /** (hot) CRC-32C (Castagnoli) of the bytes, continued from `seed` (0 at the start). */
   crc32c(seed: number, address: number, length: number): number;
 
+  // cipher.cc
+  /**
+   * Opens a cipher for jobs of this thread and of the pool. The keys are copied.
+   * @param name OpenSSL's, as `aes-256-xts`; with `key` as long as it says
+   * @param vectorKind 0 plain, 1 plain64, 2 ESSIV, for which there is another cipher with its key
+   * @returns its handle, or -EINVAL
+   */
+  cipherOpen(name: string, key: Uint8Array, vectorKind: number, essivName: string, essivKey: Uint8Array): number;
+  /** Wipes the keys. No job may use it any more. */
+  cipherClose(cipher: number): number;
+
   // codec.cc: jobs are described in codec.h
-  /** Carries out the job at `address` on this thread. */
-  codecRun(address: number): void;
+  /** (hot) Carries out the job at the start of the array on this thread. */
+  codecRun(job: Int32Array): void;
   // codec-pool.cc
   /**
    * Opens a ring of jobs for the threads of the process, in memory that stays where it is: 64 bytes, then 72 for each entry.

@@ -65,6 +65,7 @@ void Export(Napi::Env env, Napi::Object exports, const char* name) {
 
 void InitArena(Napi::Env env, Napi::Object exports);
 void InitBytes(Napi::Env env, Napi::Object exports);
+void InitCipher(Napi::Env env, Napi::Object exports);
 void InitCodec(Napi::Env env, Napi::Object exports);
 void InitCodecPool(Napi::Env env, Napi::Object exports);
 void InitFile(Napi::Env env, Napi::Object exports);

@@ -125,7 +125,9 @@ describe('the cluster cache', () => {
       }
       if (orphans.length > 0 && random.below(4) === 0) {
         const orphan = orphans.splice(random.below(orphans.length), 1)[0]!;
-        if (cache.stateOf(orphan.slot) === SlotState.loading) {
+        if (cache.stateOf(orphan.slot) === SlotState.loading && orphan.pins === 0 && random.below(2) === 0) {
+          cache.failed(orphan.slot);
+        } else if (cache.stateOf(orphan.slot) === SlotState.loading) {
           fill(cache, orphan.slot, orphan.key);
           cache.loaded(orphan.slot);
         }

@@ -1,5 +1,5 @@
 /**
- * Work on the bytes of a cluster that costs more than copying them - decompressing, compressing - and who does it.
+ * Work on the bytes of a cluster that costs more than copying them - decompressing, compressing, encrypting - and who does it.
  *
  * A job is kept by its owner, filled in, submitted, and comes back to the owner once, never before `submit` returns. Nothing here
  * allocates per job.
@@ -13,20 +13,31 @@
  *         28      4  level
  *         32      4  status, answered
  *         36      4  bytes produced, answered
+ *         40      8  number of the first sector, a double
+ *         48      4  cipher
  */
+import { native } from '../../../../native/index.js';
 import type { Arena } from '../../../../native/index.js';
 import { CompressionType } from '../format.js';
 
 /** native/codec.h has the same numbers. Inflating and deflating are raw: without the header and the checksum of zlib. */
-export const CodecOperation = { inflate: 0, zstdDecompress: 1, deflate: 2, zstdCompress: 3 } as const;
+export const CodecOperation = {
+  inflate: 0,
+  zstdDecompress: 1,
+  deflate: 2,
+  zstdCompress: 3,
+  encrypt: 4,
+  decrypt: 5,
+} as const;
 export type CodecOperation = (typeof CodecOperation)[keyof typeof CodecOperation];
 
 /**
  * How a job went; native/codec.h has the same numbers.
  * - short: the stream ended before the destination was full
  * - tooLong: what is produced does not fit; a cluster that is compressed is then stored as it is
+ * - failed: no memory, or no reason that a job can give
  */
-export const CodecStatus = { ok: 0, damaged: 1, short: 2, tooLong: 3, noMemory: 4 } as const;
+export const CodecStatus = { ok: 0, damaged: 1, short: 2, tooLong: 3, failed: 4 } as const;
 export type CodecStatus = (typeof CodecStatus)[keyof typeof CodecStatus];
 
 /** What QEMU compresses with. */
@@ -44,10 +55,12 @@ const DOUBLE = 0.5;
 export class CodecJob {
   readonly owner: CodecOwner;
   operation: CodecOperation = CodecOperation.inflate;
-  /** Arena offsets. Source and destination do not overlap, and stay as they are until the job is done. */
+  /**
+   * Arena offsets. They do not overlap, but may be the same for a cipher, and are the job's until it is done.
+   */
   source = DOUBLE;
   destination = DOUBLE;
-  /** May go beyond the end of a compressed cluster, whose length is known in sectors only. At most 4 GiB. */
+  /** May go beyond the end of a compressed cluster, whose length is known in sectors only. Whole sectors for a cipher. */
   sourceBytes = 0;
   /**
    * Bytes wanted of a compressed cluster: all of them, or, of one that is deflated, as many from its start as are needed, which costs
@@ -56,6 +69,9 @@ export class CodecJob {
   capacityBytes = 0;
   /** Of compression. */
   level = 0;
+  /** Of a cipher: its handle, and the number of the first sector, of 512 bytes. */
+  cipher = 0;
+  sector = DOUBLE;
   status: CodecStatus = CodecStatus.ok;
   producedBytes = 0;
 
@@ -105,11 +121,39 @@ export class JobTable {
     words[at + 5] = job.capacityBytes;
     words[at + 6] = job.operation;
     words[at + 7] = job.level;
+    doubles[index * 8 + 5] = job.sector;
+    words[at + 12] = job.cipher;
   }
 
   readAnswer(index: number, job: CodecJob): void {
     const words = this.#words;
     job.status = words[index * 16 + 8] as CodecStatus;
     job.producedBytes = words[index * 16 + 9]!;
+  }
+}
+
+/** Carries out jobs at once, on the calling thread: what costs less than handing it over. */
+export class InlineCodec {
+  readonly #arena: Arena;
+  readonly #memory: number;
+  readonly #table: JobTable;
+  readonly #words: Int32Array;
+
+  constructor(arena: Arena) {
+    this.#arena = arena;
+    this.#memory = arena.allocate(JobTable.JOB_BYTES);
+    this.#table = new JobTable(arena, this.#memory, 1);
+    this.#words = new Int32Array(arena.buffer, this.#memory, JobTable.JOB_BYTES / 4);
+  }
+
+  /** The job has its answer afterwards; its owner is not called. */
+  run(job: CodecJob): void {
+    this.#table.write(0, job);
+    native.codecRun(this.#words);
+    this.#table.readAnswer(0, job);
+  }
+
+  close(): void {
+    this.#arena.release(this.#memory);
   }
 }

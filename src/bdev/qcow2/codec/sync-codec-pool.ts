@@ -1,35 +1,28 @@
 /** Does each job at once, on the reactor, and gives it back in the reactor's next step: the same in every run, for simulations and tests. */
-import { native } from '../../../../native/index.js';
 import { PollPhase } from '../../../poller/poller.js';
 import type { Poller } from '../../../poller/poller.js';
 import type { Reactor } from '../../../poller/reactor.js';
-import { JobTable } from './codec-job.js';
+import { InlineCodec } from './codec-job.js';
 import type { CodecJob, CodecPool } from './codec-job.js';
 
 const JOBS_MAX = 256;
 
 export class SyncCodecPool implements CodecPool, Poller {
   readonly #reactor: Reactor;
-  readonly #memory: number;
-  readonly #table: JobTable;
-  readonly #address: number;
+  readonly #codec: InlineCodec;
   readonly #done: (CodecJob | null)[] = new Array<CodecJob | null>(JOBS_MAX).fill(null);
   #first = 0;
   inflight = 0;
 
   constructor(reactor: Reactor) {
     this.#reactor = reactor;
-    this.#memory = reactor.arena.allocate(JobTable.JOB_BYTES);
-    this.#table = new JobTable(reactor.arena, this.#memory, 1);
-    this.#address = reactor.arena.baseAddress + this.#memory;
+    this.#codec = new InlineCodec(reactor.arena);
     reactor.addPoller(this, PollPhase.take);
   }
 
   submit(job: CodecJob): boolean {
     if (this.inflight === JOBS_MAX) return false;
-    this.#table.write(0, job);
-    native.codecRun(this.#address);
-    this.#table.readAnswer(0, job);
+    this.#codec.run(job);
     this.#done[(this.#first + this.inflight++) % JOBS_MAX] = job;
     return true;
   }
@@ -54,6 +47,6 @@ export class SyncCodecPool implements CodecPool, Poller {
 
   close(): void {
     this.#reactor.removePoller(this);
-    this.#reactor.arena.release(this.#memory);
+    this.#codec.close();
   }
 }
