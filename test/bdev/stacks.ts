@@ -58,7 +58,7 @@ function temporaryFile(sizeBytes: number): { path: string; remove: () => void } 
   return { path, remove: () => rmSync(folder, { recursive: true }) };
 }
 
-const uringDefaults = {
+export const uringDefaults = {
   name: 'leaf',
   module: 'uring',
   readOnly: false,
@@ -114,7 +114,14 @@ export function qcow2(options = '', leaf: Partial<UringConfig> = {}, sizeBytes =
 }
 
 export function qcow2On(options: Partial<Qcow2Config> = {}): Filter {
-  const defaults = { backing: null, readOnly: false, l2CacheBytes: 2 ** 25, restartDir: '/dev/shm' };
+  const defaults = {
+    backing: null,
+    readOnly: false,
+    l2CacheBytes: 2 ** 25,
+    restartDir: '/dev/shm',
+    clusterCacheBytes: 2 ** 22,
+    codecThreads: 2,
+  };
   return (name, base) => ({ ...defaults, ...options, name, base, module: 'qcow2' }) satisfies Qcow2Config;
 }
 

@@ -28,7 +28,7 @@ export function newImage(options: string, sectors: number, fileBytes: number, ..
 /** A qcow2 bdev on the first disk. */
 export const qcow2Stack: Stack = ([path], memoryDir): readonly BdevConfig[] => [
   simDisk('file', path!),
-  qcow2On({ restartDir: memoryDir })('volume', 'file'),
+  qcow2On({ restartDir: memoryDir, codecThreads: 0 })('volume', 'file'),
 ];
 
 /** After a crash an image may have clusters that nobody uses, and nothing else. Throws Violation. */

@@ -24,10 +24,15 @@ export class QemuImg {
 
   /** Runs commands of `qemu-io` on an image of this folder. */
   io(name: string, ...commands: readonly string[]): string {
-    const args = ['-f', 'qcow2', ...commands.flatMap((command) => ['-c', command]), name];
-    const { status, stdout, stderr } = spawnSync('qemu-io', args, { cwd: this.folder, encoding: 'utf8' });
-    if (status !== 0) throw new Error(`qemu-io ${args.join(' ')} ended with ${status}: ${stdout}${stderr}`);
+    const { status, stdout, stderr } = this.tryIo(name, ...commands);
+    if (status !== 0)
+      throw new Error(`qemu-io -c '${commands.join("' -c '")}' ended with ${status}: ${stdout}${stderr}`);
     return stdout;
+  }
+
+  tryIo(name: string, ...commands: readonly string[]): { status: number | null; stdout: string; stderr: string } {
+    const args = ['-f', 'qcow2', ...commands.flatMap((command) => ['-c', command]), name];
+    return spawnSync('qemu-io', args, { cwd: this.folder, encoding: 'utf8' });
   }
 
   info(name: string): Record<string, unknown> {

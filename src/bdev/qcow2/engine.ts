@@ -20,6 +20,7 @@ import type { Allocator } from './allocator.js';
 import { BufferPool } from './buffer-pool.js';
 import { Change } from './change.js';
 import type { Committer } from './commit.js';
+import { CompressedReader } from './compressed-reader.js';
 import type { Qcow2Image } from './image.js';
 import { Extent, Mapped } from './l2.js';
 import type { Dropped } from './l2.js';
@@ -69,6 +70,9 @@ export interface EngineOptions {
   /** The image that is served, then what it is backed by. */
   readonly layers: readonly Layer[];
   readonly onDamage: (field: string, problem: string) => void;
+  /** Memory for decompressed clusters, and threads that decompress; 0: the reactor does it itself. */
+  readonly clusterCacheBytes: number;
+  readonly codecThreads: number;
 }
 
 export class Engine implements IoOwner {
@@ -85,6 +89,9 @@ export class Engine implements IoOwner {
   committer: Committer | null = null;
   log: RestartLog | null = null;
   isReadOnly = true;
+  /** Made when the first compressed cluster is met: few images have any. */
+  #compressed: CompressedReader | null = null;
+  readonly #options: EngineOptions;
   readonly #zeroExtent = new Extent();
   readonly #backedBytes: number;
   readonly #onDamage: (field: string, problem: string) => void;
@@ -106,7 +113,9 @@ export class Engine implements IoOwner {
   readonly #held = new IoQueue();
   readonly #idle = new WaitList();
 
-  constructor({ reactor, layers, onDamage }: EngineOptions) {
+  constructor(options: EngineOptions) {
+    const { reactor, layers, onDamage } = options;
+    this.#options = options;
     this.reactor = reactor;
     this.layers = layers;
     this.top = layers[0]!.image!;
@@ -283,8 +292,9 @@ export class Engine implements IoOwner {
     );
   }
 
-  readCompressed(_layer: number, job: RequestJob): void {
-    job.wakeUp(EIO);
+  get compressed(): CompressedReader {
+    const { clusterCacheBytes, codecThreads } = this.#options;
+    return (this.#compressed ??= new CompressedReader(this, clusterCacheBytes, codecThreads));
   }
 
   // ---- metadata ----
@@ -398,6 +408,14 @@ export class Engine implements IoOwner {
   *freeze(): Task<void> {
     this.#isFrozen = true;
     while (this.#underWay[0]! > 0 || this.#underWay[1]! > 0) yield* sleep((sleeper) => this.#idle.add(sleeper));
+    yield* this.quiet();
+  }
+
+  /** Waits until nothing is read ahead any more. */
+  *quiet(): Task<void> {
+    while (this.#compressed !== null && this.#compressed.active > 0) {
+      yield* sleep((sleeper) => this.#compressed!.whenLess(sleeper));
+    }
   }
 
   thaw(): void {
@@ -422,6 +440,7 @@ export class Engine implements IoOwner {
   }
 
   release(): void {
+    this.#compressed?.close();
     this.buffers.release();
     if (this.#zeroes !== 0) this.reactor.arena.release(this.#zeroes);
   }

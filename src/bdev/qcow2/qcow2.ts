@@ -41,6 +41,10 @@ export interface Qcow2Config extends BdevConfig {
    * made durable before they are answered.
    */
   readonly restartDir: string | null;
+  /** Most memory for clusters that were compressed. */
+  readonly clusterCacheBytes: number;
+  /** Threads of the process that decompress, at most; 0: the reactor does it itself. */
+  readonly codecThreads: number;
 }
 
 const REFCOUNT_CACHE_SLOTS = 256;
@@ -114,7 +118,13 @@ class Qcow2Bdev implements Bdev {
         const sizeBytes = backing.blockCount * backing.blockSizeBytes;
         layers.push({ image: null, channel: backingChannel, sizeBytes });
       }
-      this.#engine = new Engine({ reactor, layers, onDamage: (field, problem) => this.#onDamage(field, problem) });
+      this.#engine = new Engine({
+        reactor,
+        layers,
+        onDamage: (field, problem) => this.#onDamage(field, problem),
+        clusterCacheBytes: config.clusterCacheBytes,
+        codecThreads: config.codecThreads,
+      });
       if (!this.readOnly) this.#prepareWriting(channel);
     } catch (error) {
       // Anything else than what is wrong with the image or its device is no reason to tidy up.
@@ -192,6 +202,7 @@ class Qcow2Bdev implements Bdev {
       engine.committer.release();
       engine.allocator.release();
     }
+    this.#complete(engine.quiet());
     engine.release();
     this.#image.release();
     for (const channel of this.#channels) channel.close();

@@ -143,8 +143,9 @@ export class RequestJob extends Sleeper {
         return;
       }
       if (kind === Mapped.compressed) {
+        // Woken perhaps before this returns.
         this.#isSleeping = true;
-        engine.readCompressed(i, this);
+        if (engine.compressed.read(i, extent, this)) this.#isSleeping = false;
         return;
       }
       extent.wantedBytes = lengthBytes;

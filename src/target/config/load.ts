@@ -139,6 +139,8 @@ function toBdevConfig(bdev: FileBdev, folder: string): AnyBdevConfig {
         backing: bdev.backing,
         readOnly: bdev.read_only,
         l2CacheBytes: bdev.l2_cache,
+        clusterCacheBytes: bdev.cluster_cache,
+        codecThreads: bdev.codec_threads,
         restartDir: bdev.restart_dir === null ? null : resolve(folder, bdev.restart_dir),
       };
   }

@@ -2,6 +2,7 @@
  * The config file's schema: keys, types, bounds and defaults, in the file's own snake_case. Unknown keys are errors. A rule with
  * an advice of its own carries it as `remedy`; schema-problems.ts words the others.
  */
+import { availableParallelism } from 'node:os';
 import { z } from 'zod';
 import { LOG_FORMATS, LOG_LEVELS } from './config.js';
 import { parseListen, parseMode, parseSize } from './values.js';
@@ -20,6 +21,8 @@ export const DEFAULT_POLL_US = 100;
 /** Covers 256 GiB of disk in clusters of 64 KiB. */
 export const DEFAULT_L2_CACHE_BYTES = 32 * 2 ** 20;
 export const DEFAULT_RESTART_DIR = '/dev/shm';
+export const DEFAULT_CLUSTER_CACHE_BYTES = 64 * 2 ** 20;
+export const DEFAULT_CODEC_THREADS = Math.min(4, availableParallelism());
 /** A guest takes one queue for each of its processors; QEMU refuses a back-end that offers fewer than it asks for. */
 export const DEFAULT_QUEUES = 16;
 export const QUEUES_MAX = 64;
@@ -136,6 +139,8 @@ const bdev = z.discriminatedUnion('module', [
     read_only: z.boolean().default(false),
     l2_cache: size.default(DEFAULT_L2_CACHE_BYTES),
     restart_dir: path.nullable().default(DEFAULT_RESTART_DIR),
+    cluster_cache: size.default(DEFAULT_CLUSTER_CACHE_BYTES),
+    codec_threads: z.int().min(0).max(64).default(DEFAULT_CODEC_THREADS),
   }),
 ]);
 
