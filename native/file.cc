@@ -36,6 +36,10 @@ Napi::Value Allocate(const Napi::CallbackInfo& info) {
   return Outcome(info, fallocate(Int(info, 0), Int(info, 1), static_cast<off_t>(Number(info, 2)),
                                  static_cast<off_t>(Number(info, 3))));
 }
+// fileSeek(fd, offset, whence) -> offset: where data or a hole begins. Nothing here reads by the position that it sets.
+Napi::Value Seek(const Napi::CallbackInfo& info) {
+  return Outcome(info, lseek(Int(info, 0), static_cast<off_t>(Number(info, 1)), Int(info, 2)));
+}
 Napi::Value Read(const Napi::CallbackInfo& info) {
   return Outcome(info, pread(Int(info, 0), Pointer(info, 1), Size(info, 2), static_cast<off_t>(Number(info, 3))));
 }
@@ -132,6 +136,7 @@ void InitFile(Napi::Env env, Napi::Object exports) {
   Export<Truncate>(env, exports, "fileTruncate");
   Export<Sync>(env, exports, "fileSync");
   Export<Allocate>(env, exports, "fileAllocate");
+  Export<Seek>(env, exports, "fileSeek");
   Export<Read>(env, exports, "fileRead");
   Export<Write>(env, exports, "fileWrite");
   Export<Lock>(env, exports, "fileLock");

@@ -116,6 +116,8 @@ export interface Native {
   /** fdatasync(2). */
   fileSync(fd: number): number;
   fileAllocate(fd: number, mode: number, offset: number, length: number): number;
+  /** lseek(2), to find data and holes. @param whence SEEK_DATA or SEEK_HOLE. @returns -ENXIO behind the last data */
+  fileSeek(fd: number, offset: number, whence: number): number;
   fileRead(fd: number, address: number, length: number, offset: number): number;
   fileWrite(fd: number, address: number, length: number, offset: number): number;
   /** Takes an open-file-description lock on the whole file without waiting. @param exclusive 1 or 0 */
@@ -239,6 +241,8 @@ export const O_DIRECT = process.arch === 'arm64' ? 0o200000 : 0o40000;
 export const FALLOC_FL_KEEP_SIZE = 1;
 export const FALLOC_FL_PUNCH_HOLE = 2;
 export const FALLOC_FL_ZERO_RANGE = 16;
+export const SEEK_DATA = 3;
+export const SEEK_HOLE = 4;
 export const RWF_DSYNC = 2;
 export const RWF_HIPRI = 1;
 export const F_SEAL_SHRINK = 2;
@@ -249,6 +253,7 @@ export const POLLERR = 8;
 /** errno values the data path tells apart. */
 export const EINTR = 4;
 export const EIO = 5;
+export const ENXIO = 6;
 export const EAGAIN = 11;
 export const ENOMEM = 12;
 export const EBUSY = 16;

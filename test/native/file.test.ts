@@ -14,6 +14,9 @@ import {
   EBUSY,
   FALLOC_FL_KEEP_SIZE,
   FALLOC_FL_PUNCH_HOLE,
+  SEEK_DATA,
+  SEEK_HOLE,
+  ENXIO,
   F_SEAL_SHRINK,
   O_CREAT,
   O_EXCL,
@@ -115,6 +118,10 @@ describe('files', () => {
       expect(native.fileAllocate(fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, 0, 2 ** 19)).toBe(0);
       expect(facts(fd).sizeBytes).toBe(full.sizeBytes);
       expect(facts(fd).allocatedBytes).toBeLessThanOrEqual(full.allocatedBytes - 2 ** 19);
+      expect(native.fileSeek(fd, 0, SEEK_DATA)).toBe(2 ** 19);
+      expect(native.fileSeek(fd, 0, SEEK_HOLE)).toBe(0);
+      expect(native.fileSeek(fd, 2 ** 19, SEEK_HOLE)).toBe(2 ** 20);
+      expect(native.fileSeek(fd, 2 ** 20, SEEK_DATA)).toBe(-ENXIO);
       expect(native.fileAllocate(fd, FALLOC_FL_PUNCH_HOLE, 0, 4096)).toBe(-95);
     });
   });

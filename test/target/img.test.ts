@@ -46,6 +46,12 @@ qemu.run('create', '-q', '-f', 'qcow2', '-o', 'compat=0.10,cluster_size=4k', 'ol
 qemu.run('create', '-q', '-f', 'qcow2', '-o', 'extended_l2=on,lazy_refcounts=on,refcount_bits=64', 'new.qcow2', '8M');
 qemu.run('create', '-q', '-f', 'qcow2', '-o', 'data_file=data.raw,data_file_raw=on', 'external.qcow2', '8M');
 qemu.run('create', '-q', '-f', 'raw', 'plain.raw', '1M');
+qemu.run('create', '-q', '-f', 'qcow2', 'plain.qcow2', '64M');
+qemu.io('plain.qcow2', 'write -P 4 1M 3M', 'write -P 5 9M 100k', 'write -z 30M 1M', 'write -P 6 63M 1M');
+qemu.run('create', '-q', '-f', 'qcow2', '-b', 'plain.qcow2', '-F', 'qcow2', 'stack.qcow2');
+qemu.io('stack.qcow2', 'write -P 3 1M 100k', 'write -z 2M 64k', 'write -P 7 63M 512');
+qemu.run('convert', '-O', 'raw', 'plain.qcow2', 'holes.raw');
+writeFileSync(qemu.path('odd.raw'), Buffer.alloc(700_001, 7));
 const images = ['base.qcow2', 'top.qcow2', 'old.qcow2', 'new.qcow2', 'external.qcow2'];
 
 describe('strata img info', () => {
@@ -214,5 +220,119 @@ describe('strata img measure', () => {
       if (output === 'json') expect(JSON.parse(ours)).toEqual(JSON.parse(theirs));
       else expect(ours).toBe(theirs);
     }
+  });
+});
+
+describe('strata img map', () => {
+  it.each(['base.qcow2', 'top.qcow2', 'old.qcow2', 'new.qcow2', 'holes.raw'])(
+    'has the JSON of qemu-img: %s',
+    (name) => {
+      for (const range of [[], ['-s', '1M', '-l', '20M'], ['-s', '3000k', '-l', '1k']]) {
+        const theirs = JSON.parse(qemu.run('map', '--output', 'json', ...range, name)) as unknown;
+        expect(json('map', '--output', 'json', ...range, name), range.join(' ')).toEqual(theirs);
+      }
+    },
+  );
+
+  it('prints the table of qemu-img, and says when there is more than fits it', () => {
+    expect(img('map', 'plain.qcow2').stdout).toBe(qemu.run('map', 'plain.qcow2'));
+    expect(img('map', 'base.qcow2')).toMatchObject({
+      status: qemu.try('map', 'base.qcow2').status,
+      stderr: expect.stringContaining('compressed clusters') as string,
+    });
+  });
+});
+
+describe('strata img compare', () => {
+  it('exits with 0 for the same disk, 1 for another one, 2 when it cannot tell', () => {
+    qemu.run('convert', '-O', 'raw', 'plain.qcow2', 'copy.raw');
+    qemu.run('convert', '-O', 'raw', 'plain.qcow2', 'other.raw');
+    const other = readFileSync(qemu.path('other.raw'));
+    other[5 * 2 ** 20 + 700] = 1;
+    writeFileSync(qemu.path('other.raw'), other);
+    writeFileSync(qemu.path('longer.raw'), Buffer.concat([readFileSync(qemu.path('copy.raw')), Buffer.alloc(3000)]));
+    writeFileSync(qemu.path('marked.raw'), Buffer.concat([readFileSync(qemu.path('copy.raw')), Buffer.from('mark')]));
+    const cases: string[][] = [
+      ['plain.qcow2', 'copy.raw'],
+      ['plain.qcow2', 'other.raw'],
+      ['copy.raw', 'other.raw'],
+      ['plain.qcow2', 'longer.raw'],
+      ['longer.raw', 'plain.qcow2'],
+      ['plain.qcow2', 'marked.raw'],
+      ['-s', 'plain.qcow2', 'longer.raw'],
+      ['-s', 'plain.qcow2', 'plain.qcow2'],
+      ['-q', 'plain.qcow2', 'other.raw'],
+      ['stack.qcow2', 'stack.qcow2'],
+      ['plain.qcow2', 'nowhere'],
+    ];
+    for (const args of cases) {
+      const ours = img('compare', ...args);
+      const theirs = qemu.try('compare', ...args);
+      expect(ours.status, args.join(' ')).toBe(theirs.status);
+      if (theirs.status !== 2) expect(ours.stdout, args.join(' ')).toBe(theirs.stdout);
+    }
+  });
+});
+
+describe('strata img convert', () => {
+  const same = (first: string, second: string) => qemu.run('compare', first, second);
+
+  it.each([
+    ['raw', '', 'plain.qcow2'],
+    ['raw', '', 'stack.qcow2'],
+    ['raw', '', 'odd.raw'],
+    ['qcow2', '', 'plain.qcow2'],
+    ['qcow2', '', 'holes.raw'],
+    ['qcow2', '', 'odd.raw'],
+    ['qcow2', 'compat=0.10', 'plain.qcow2'],
+    ['qcow2', 'cluster_size=512', 'plain.qcow2'],
+    ['qcow2', 'cluster_size=2M', 'plain.qcow2'],
+    ['qcow2', 'extended_l2=on', 'stack.qcow2'],
+    ['qcow2', 'refcount_bits=1', 'plain.qcow2'],
+    ['qcow2', 'preallocation=metadata', 'plain.qcow2'],
+  ])('makes %s %s of %s', (format, options, source) => {
+    const more = options === '' ? [] : ['-o', options];
+    expect(img('convert', '-O', format, ...more, source, 'made')).toMatchObject({ status: 0, stdout: '', stderr: '' });
+    same(source, 'made');
+    if (format === 'qcow2') expect(qemu.check('made')).toMatchObject({ status: 0 });
+    // No more space than what is in it, and what preallocation asks for.
+    if (options === '') expect(statSync(qemu.path('made')).blocks * 512).toBeLessThan(10 * 2 ** 20);
+  });
+
+  it('copies what differs from the backing file', () => {
+    expect(img('convert', '-O', 'qcow2', '-B', 'plain.qcow2', '-F', 'qcow2', 'stack.qcow2', 'thin.qcow2').status).toBe(
+      0,
+    );
+    expect(qemu.info('thin.qcow2')).toMatchObject({ 'backing-filename': 'plain.qcow2' });
+    same('stack.qcow2', 'thin.qcow2');
+    expect(qemu.check('thin.qcow2')).toMatchObject({ status: 0, 'allocated-clusters': 3 });
+  });
+
+  it('writes zeroes over what is there with -n, and shows how far it is', () => {
+    writeFileSync(qemu.path('used.raw'), Buffer.alloc(64 * 2 ** 20, 0xff));
+    const { status, stderr } = img('convert', '-n', '-p', '-O', 'raw', 'plain.qcow2', 'used.raw');
+    expect(status).toBe(0);
+    expect(stderr).toContain('(100.00/100%)');
+    same('plain.qcow2', 'used.raw');
+    expect(img('convert', '-n', '-O', 'raw', 'plain.qcow2', 'plain.raw')).toMatchObject({ status: 1 });
+  });
+
+  it('refuses to write to where it reads from', () => {
+    expect(img('convert', '-O', 'qcow2', 'top.qcow2', './base.qcow2')).toMatchObject({
+      status: 1,
+      stderr: expect.stringContaining('is the source') as string,
+    });
+    expect(qemu.check('base.qcow2').status).toBe(0);
+  });
+
+  it('copies a part with dd', () => {
+    expect(img('dd', '-O', 'raw', 'if=plain.qcow2', 'of=part.raw', 'bs=1M', 'skip=2', 'count=9').status).toBe(0);
+    qemu.run('dd', '-O', 'raw', 'if=plain.qcow2', 'of=theirs.raw', 'bs=1M', 'skip=2', 'count=11');
+    const theirs = readFileSync(qemu.path('theirs.raw'));
+    const ours = readFileSync(qemu.path('part.raw'));
+    expect(ours.length).toBe(9 * 2 ** 20);
+    expect(ours.equals(theirs.subarray(0, ours.length))).toBe(true);
+    expect(img('dd', 'if=plain.qcow2').status).toBe(1);
+    expect(img('dd', 'if=plain.qcow2', 'of=x', 'seek=1').status).toBe(1);
   });
 });

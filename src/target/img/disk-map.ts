@@ -5,9 +5,10 @@
  * - A table is used after all of its entries were looked at.
  * - What lies beyond the end of a backing image reads as zeroes.
  */
+import { ENXIO, SEEK_DATA, SEEK_HOLE, native } from '../../../native/index.js';
 import { Geometry } from '../../bdev/qcow2/geometry.js';
 import { badImage } from '../../bdev/qcow2/image-error.js';
-import { Extent, Mapped, entryProblem, lookUp } from '../../bdev/qcow2/l2.js';
+import { Extent, Mapped, SECTOR_BYTES, entryProblem, lookUp } from '../../bdev/qcow2/l2.js';
 import type { OpenImage } from './open-image.js';
 
 /** A part of the disk that is all of one kind. */
@@ -18,7 +19,7 @@ export interface DiskExtent {
   readonly kind: 'data' | 'compressed' | 'zero' | 'unallocated';
   /** Which image of the chain it is found in, 0 the first; the last one for what is nowhere. */
   readonly depth: number;
-  /** Where its data is in the file of that image; null when it has none or it is compressed. */
+  /** Where its data is in the file of that image, or would be; null when it has no place or is compressed. */
   readonly hostOffset: number | null;
 }
 
@@ -54,7 +55,7 @@ class Layer {
     const { sizeBytes } = this.image;
     if (offset >= sizeBytes) return { lengthBytes: wanted, kind: 'zero', hostOffset: null };
     const most = Math.min(wanted, sizeBytes - offset);
-    if (geometry === null) return { lengthBytes: most, kind: 'data', hostOffset: offset };
+    if (geometry === null) return this.#rawAt(offset, most);
     const tableIndex = Math.floor(offset / geometry.tableCoverageBytes);
     const table = this.#tableOffset(tableIndex);
     if (table === 0) {
@@ -68,7 +69,20 @@ class Layer {
     extent.wantedBytes = Math.min(most, (slice + 1) * geometry.sliceCoverageBytes - offset);
     lookUp(geometry, this.#words, 0, extent);
     const { kind, lengthBytes, hostOffset } = extent;
-    return { kind: KINDS[kind], lengthBytes, hostOffset: kind === Mapped.data ? hostOffset : null };
+    const hasHost = kind === Mapped.data || (kind === Mapped.zero && extent.hostCluster >= 0);
+    return { kind: KINDS[kind], lengthBytes, hostOffset: hasHost ? hostOffset : null };
+  }
+
+  /** Data, or a hole that the file system knows of. */
+  #rawAt(offset: number, most: number): Omit<DiskExtent, 'start' | 'depth'> {
+    const { fd, isDevice } = this.image.file;
+    const data = isDevice ? offset : native.fileSeek(fd, offset, SEEK_DATA);
+    if (data === -ENXIO || data > offset) {
+      const lengthBytes = data === -ENXIO ? most : Math.min(most, data - offset);
+      return { lengthBytes, kind: 'zero', hostOffset: offset };
+    }
+    const hole = isDevice ? -1 : native.fileSeek(fd, offset, SEEK_HOLE);
+    return { lengthBytes: hole <= offset ? most : Math.min(most, hole - offset), kind: 'data', hostOffset: offset };
   }
 
   #tableOffset(index: number): number {
@@ -124,5 +138,16 @@ export function* mapDisk(chain: readonly OpenImage[], range: MapRange = {}): Gen
       break;
     }
     offset += wanted;
+  }
+}
+
+/** Extents in whole sectors: a raw file may end within one, which is then all data. */
+export function* wholeSectors(extents: Iterable<DiskExtent>): Generator<DiskExtent> {
+  let at: number | null = null;
+  for (const extent of extents) {
+    const start: number = at ?? extent.start;
+    const end = Math.ceil((extent.start + extent.lengthBytes) / SECTOR_BYTES) * SECTOR_BYTES;
+    at = Math.max(start, end);
+    if (end > start) yield { ...extent, start, lengthBytes: end - start };
   }
 }

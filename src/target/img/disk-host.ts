@@ -1,0 +1,116 @@
+/**
+ * Disks for a tool: a reactor in this process, driven by the tool itself, with the same bdevs that the daemon serves.
+ *
+ * Invariant: nothing runs but within `run`, which ends when what it waits for has happened.
+ */
+import { Arena } from '../../../native/index.js';
+import { BdevError } from '../../bdev/bdev.js';
+import type { OpenBdev } from '../../bdev/bdev.js';
+import { modules } from '../../bdev/modules.js';
+import type { Qcow2Config } from '../../bdev/qcow2/qcow2.js';
+import { BdevRegistry } from '../../bdev/registry.js';
+import type { UringConfig } from '../../bdev/uring/uring.js';
+import { SeededRandom, SystemClock } from '../../poller/clock.js';
+import { Reactor } from '../../poller/reactor.js';
+import { Uring } from '../../poller/uring.js';
+import type { Format } from './image-options.js';
+import type { OpenImage } from './open-image.js';
+
+const WAIT_US = 20_000;
+const L2_CACHE_BYTES = 32 * 2 ** 20;
+
+export class DiskHost {
+  readonly reactor: Reactor;
+  readonly registry: BdevRegistry;
+  readonly #ring: Uring;
+  readonly #opened: OpenBdev[] = [];
+  #count = 0;
+
+  constructor() {
+    const arena = new Arena();
+    const clock = new SystemClock();
+    this.#ring = new Uring(arena);
+    const random = new SeededRandom(process.pid);
+    this.reactor = new Reactor({ name: 'img', arena, ring: this.#ring, clock, random, mode: 'busy', pollUs: 0 });
+    this.registry = new BdevRegistry(this.reactor, modules);
+  }
+
+  /** Opens the disk that a chain of images is, to read. Throws BdevError. */
+  openChain(chain: readonly OpenImage[], forceShare: boolean): OpenBdev {
+    let below: string | null = null;
+    for (const image of [...chain].reverse()) {
+      below = this.#create(image.file.path, image.format, { readOnly: true, lock: !forceShare, backing: below });
+    }
+    return this.#open(below!, null);
+  }
+
+  /** Opens a disk to write. @param behind what shows through where it holds nothing, to read. Throws BdevError. */
+  openTarget(path: string, format: Format, behind: readonly OpenImage[]): OpenBdev {
+    const backing = behind.length === 0 ? null : this.openChain(behind, false).bdev.name;
+    return this.#open(this.#create(path, format, { readOnly: false, lock: true, backing }), 'img');
+  }
+
+  /** Goes on until it is done. */
+  run(isDone: () => boolean): void {
+    while (!isDone()) {
+      if (!this.reactor.step() && this.#ring.inflight > 0) this.#ring.wait(WAIT_US);
+    }
+  }
+
+  /** Ends all disks, on which nothing is in flight: images are complete then. Throws BdevError. */
+  close(): void {
+    for (const disk of this.#opened.splice(0)) disk.close();
+    this.registry.destroyAll();
+    this.#ring.close();
+  }
+
+  #open(name: string, writer: string | null): OpenBdev {
+    const disk = this.registry.open(name, writer, 'filename');
+    this.#opened.push(disk);
+    return disk;
+  }
+
+  #create(
+    path: string,
+    format: Format,
+    { readOnly, lock, backing }: { readOnly: boolean; lock: boolean; backing: string | null },
+  ): string {
+    const file = `file${this.#count}`;
+    const uring: UringConfig = {
+      name: file,
+      module: 'uring',
+      path,
+      readOnly,
+      lock,
+      create: null,
+      blockSizeBytes: null,
+      direct: false,
+      iopoll: false,
+      fixedBuffers: false,
+    };
+    this.registry.create(uring);
+    if (format === 'raw') {
+      this.#count++;
+      return file;
+    }
+    const name = `image${this.#count++}`;
+    const qcow2: Qcow2Config = {
+      name,
+      module: 'qcow2',
+      base: file,
+      backing,
+      readOnly,
+      l2CacheBytes: L2_CACHE_BYTES,
+      restartDir: null,
+    };
+    this.registry.create(qcow2);
+    return name;
+  }
+}
+
+/** What went wrong with a request of a tool, in words. */
+export function requestError(action: string, path: string, offset: number, errno: number): BdevError {
+  const reason = errno === 28 ? 'no space is left' : `error ${errno === 0 ? '' : errno}`.trimEnd();
+  const hint = errno === 28 ? 'make room' : 'check the image with `strata img check`, and the device';
+  return new BdevError('io-error', 'filename', `${path}: ${action} at ${offset}: ${reason}`, hint);
+}
