@@ -263,6 +263,7 @@ describe('strata img compare', () => {
       ['-s', 'plain.qcow2', 'plain.qcow2'],
       ['-q', 'plain.qcow2', 'other.raw'],
       ['stack.qcow2', 'stack.qcow2'],
+      ['top.qcow2', 'top.qcow2'],
       ['plain.qcow2', 'nowhere'],
     ];
     for (const args of cases) {
@@ -280,6 +281,7 @@ describe('strata img convert', () => {
   it.each([
     ['raw', '', 'plain.qcow2'],
     ['raw', '', 'stack.qcow2'],
+    ['raw', '', 'top.qcow2'],
     ['raw', '', 'odd.raw'],
     ['qcow2', '', 'plain.qcow2'],
     ['qcow2', '', 'holes.raw'],

@@ -3,6 +3,7 @@
  *
  * Invariant: nothing runs but within `run`, which ends when what it waits for has happened.
  */
+import { availableParallelism } from 'node:os';
 import { Arena } from '../../../native/index.js';
 import { BdevError } from '../../bdev/bdev.js';
 import type { OpenBdev } from '../../bdev/bdev.js';
@@ -18,6 +19,7 @@ import type { OpenImage } from './open-image.js';
 
 const WAIT_US = 20_000;
 const L2_CACHE_BYTES = 32 * 2 ** 20;
+const CLUSTER_CACHE_BYTES = 64 * 2 ** 20;
 
 export class DiskHost {
   readonly reactor: Reactor;
@@ -101,6 +103,8 @@ export class DiskHost {
       backing,
       readOnly,
       l2CacheBytes: L2_CACHE_BYTES,
+      clusterCacheBytes: CLUSTER_CACHE_BYTES,
+      codecThreads: availableParallelism(),
       restartDir: null,
     };
     this.registry.create(qcow2);
