@@ -1,12 +1,14 @@
 /**
- * Builds the addon with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests on it. Any report of
- * a sanitizer ends the process that caused it, and so fails its test.
+ * Builds the addon with AddressSanitizer and UndefinedBehaviorSanitizer and runs the native tests on it, and those of what is native
+ * elsewhere: compression and encryption. Any report of a sanitizer ends the process that caused it, and so fails its test.
  */
 import { execFileSync } from 'node:child_process';
 import { readFileSync, realpathSync } from 'node:fs';
 import { buildAddonVariant } from './addon-variant.mjs';
 import { npmEnvironment, setUp } from './setup.mjs';
 import { Stages } from './stages.mjs';
+
+const CODEC_TESTS = ['test/bdev/qcow2/codec.test.ts', 'test/bdev/qcow2/luks.test.ts'];
 
 await setUp({ forTests: true });
 const stages = new Stages('sanitize');
@@ -21,7 +23,7 @@ if (addon !== undefined) {
 
   const compiler = process.env.CXX ?? 'g++';
   const runtime = execFileSync(compiler, ['-print-file-name=libasan.so'], { encoding: 'utf8' }).trim();
-  await stages.vitest('native tests, sanitized', ['--project', 'unit', 'test/native'], {
+  await stages.vitest('native tests, sanitized', ['--project', 'unit', 'test/native', ...CODEC_TESTS], {
     env: {
       ...process.env,
       STRATA_ADDON: addon,

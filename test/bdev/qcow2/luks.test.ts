@@ -47,6 +47,9 @@ import { seededRandom } from '../../support/seed.js';
 import { SimClock } from '../../support/sim-clock.js';
 import { mixedData } from './compressed-image.js';
 
+// A sanitizer's runtime, where the tests are run with one, is for this process and not for qemu-img.
+delete process.env['LD_PRELOAD'];
+
 const PASSWORD = 'correct horse';
 const DISK_BYTES = 512 * 1024;
 const MUTANTS = 20_000;

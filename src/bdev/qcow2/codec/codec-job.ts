@@ -56,7 +56,8 @@ export class CodecJob {
   readonly owner: CodecOwner;
   operation: CodecOperation = CodecOperation.inflate;
   /**
-   * Arena offsets. They do not overlap, but may be the same for a cipher, and are the job's until it is done.
+   * Arena offsets. They do not overlap, but may be the same for a cipher, and are the job's until it is done. What is compressed is a
+   * copy: what a guest changes meanwhile may lead the compressor astray.
    */
   source = DOUBLE;
   destination = DOUBLE;
