@@ -13,6 +13,7 @@
  *     40  8  VM state size, 48 8 disk size, 56 8 icount
  *     ..     id, name
  */
+import { isUtf8 } from 'node:buffer';
 import { L1_BYTES_MAX, checkTable, clusterBytesOf, l1EntriesFor, offsetAt, writeUInt64 } from './format.js';
 import type { Qcow2Header } from './format.js';
 import { badImage } from './image-error.js';
@@ -40,6 +41,8 @@ export interface Snapshot {
   readonly icount: bigint;
   /** Extra data that is not known here, kept. */
   readonly unknownExtra: Buffer;
+  /** Id and name as they are in the image, where they are not UTF-8: kept. */
+  readonly rawNames?: { readonly id: Buffer; readonly name: Buffer };
 }
 
 export interface Bitmap {
@@ -49,6 +52,8 @@ export interface Bitmap {
   readonly flags: number;
   readonly granularityBits: number;
   readonly extra: Buffer;
+  /** The name as it is in the image, where it is not UTF-8: kept. */
+  readonly rawName?: Buffer;
 }
 
 /** Bits of `Bitmap.flags`. */
@@ -107,10 +112,13 @@ function decodeSnapshot(
   if (l1EntriesFor(header, sizeBytes) > l1Entries) {
     throw badImage(`${field}.l1_size`, `is ${l1Entries}, too small for its disk of ${sizeBytes} bytes`);
   }
+  const id = Buffer.from(bytes.subarray(idAt, idAt + idBytes));
+  const name = Buffer.from(bytes.subarray(idAt + idBytes, end));
   return {
     snapshot: {
-      id: bytes.toString('utf8', idAt, idAt + idBytes),
-      name: bytes.toString('utf8', idAt + idBytes, end),
+      id: id.toString('utf8'),
+      name: name.toString('utf8'),
+      ...(isUtf8(id) && isUtf8(name) ? {} : { rawNames: { id, name } }),
       l1Offset: offsetAt(bytes, 0, `${field}.l1_table_offset`),
       l1Entries,
       seconds: bytes.readUInt32BE(16),
@@ -133,8 +141,8 @@ function decodeSnapshot(
 export function encodeSnapshots(snapshots: readonly Snapshot[]): Buffer {
   return Buffer.concat(
     snapshots.map((snapshot) => {
-      const id = Buffer.from(snapshot.id, 'utf8');
-      const name = Buffer.from(snapshot.name, 'utf8');
+      const id = snapshot.rawNames?.id ?? Buffer.from(snapshot.id, 'utf8');
+      const name = snapshot.rawNames?.name ?? Buffer.from(snapshot.name, 'utf8');
       const extraBytes = SNAPSHOT_EXTRA_BYTES + snapshot.unknownExtra.length;
       const idAt = SNAPSHOT_FIXED_BYTES + extraBytes;
       const bytes = Buffer.alloc(align8(idAt + id.length + name.length));
@@ -185,8 +193,10 @@ export function decodeBitmaps(bytes: Buffer, count: number, header: Qcow2Header,
     }
     const tableOffset = offsetAt(bytes, at, `${field}.bitmap_table_offset`);
     checkTable(`${field}.bitmap_table_offset`, tableOffset, tableEntries * 8, clusterBytes, fileBytes);
+    const name = Buffer.from(bytes.subarray(end - nameBytes, end));
     bitmaps.push({
-      name: bytes.toString('utf8', end - nameBytes, end),
+      name: name.toString('utf8'),
+      ...(isUtf8(name) ? {} : { rawName: name }),
       tableOffset,
       tableEntries,
       flags,
@@ -203,7 +213,7 @@ export function decodeBitmaps(bytes: Buffer, count: number, header: Qcow2Header,
 export function encodeBitmaps(bitmaps: readonly Bitmap[]): Buffer {
   return Buffer.concat(
     bitmaps.map((bitmap) => {
-      const name = Buffer.from(bitmap.name, 'utf8');
+      const name = bitmap.rawName ?? Buffer.from(bitmap.name, 'utf8');
       const end = BITMAP_FIXED_BYTES + bitmap.extra.length + name.length;
       const bytes = Buffer.alloc(align8(end));
       writeUInt64(bytes, bitmap.tableOffset, 0);

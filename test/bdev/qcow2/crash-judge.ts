@@ -1,6 +1,7 @@
 /** Judges what crashes during an edit leave behind: the old image or the new one, and nothing for `qemu-img check` to say. */
 import assert from 'node:assert/strict';
 import type { Random } from '../../../src/poller/clock.js';
+import { checkImage } from '../../../src/bdev/qcow2/check.js';
 import { check } from './qemu-images.js';
 import type { ImageFolder } from './qemu-images.js';
 import { plainState } from './plain-reader.js';
@@ -34,6 +35,8 @@ export function judgeCrashes(
   for (const { when, bytes } of crashes) {
     const found = plainState(bytes, backing);
     assert.ok(found === before || found === after, `${when}: neither the old image nor the new one: ${found}`);
+    const { corruptions, leaks, checkErrors } = runTask(checkImage(new RecordingFile(bytes), { repair: 'none' }));
+    assert.deepEqual({ corruptions, leaks, checkErrors }, { corruptions: 0, leaks: 0, checkErrors: 0 }, when);
     assert.equal(check(folder.write('crashed', bytes)), '', when);
   }
   // The last ones: what was synced is there.

@@ -78,7 +78,7 @@ export function* enableBitmap(file: ImageFile, name: string, isEnabled: boolean)
   trusted(findBitmap(edit.bitmaps, name));
   const changed = edit.bitmaps.map((bitmap) => {
     if (bitmap.name !== name) return bitmap;
-    const flags = isEnabled ? bitmap.flags | BitmapFlag.auto : bitmap.flags & ~BitmapFlag.auto;
+    const flags = (isEnabled ? bitmap.flags | BitmapFlag.auto : bitmap.flags & ~BitmapFlag.auto) >>> 0;
     return { ...bitmap, flags };
   });
   yield* edit.commit(yield* placeDirectory(edit, changed));
@@ -219,7 +219,7 @@ function* replaceBits(edit: ImageEdit, bits: ReadonlyMap<string, BitmapBits>): T
     }
     yield* freeBits(edit, bitmap);
     const placed = yield* placeBits(edit, stored);
-    replaced.push({ ...bitmap, ...placed, flags: bitmap.flags & ~BitmapFlag.inUse });
+    replaced.push({ ...bitmap, ...placed, flags: (bitmap.flags & ~BitmapFlag.inUse) >>> 0 });
   }
   yield* edit.commit(yield* placeDirectory(edit, replaced));
 }
@@ -265,6 +265,6 @@ function assertPossible({ header, bitmaps }: ImageEdit, name: string, granularit
 
 function flagBytes(flags: number): Buffer {
   const bytes = Buffer.alloc(4);
-  bytes.writeUInt32BE(flags);
+  bytes.writeUInt32BE(flags >>> 0);
   return bytes;
 }

@@ -106,7 +106,7 @@ export function* countEntries(
       cluster = offset / clusterBytes;
     }
     if (cluster !== first + count) {
-      if (count > 0) yield* countOnce(edit, first, count, by);
+      if (count > 0 && !edit.refcounts.changeNow(first, count, by)) yield* countOnce(edit, first, count, by);
       first = cluster;
       count = 0;
     }

@@ -190,8 +190,19 @@ export class RefcountEditor {
     return Math.ceil((entries * 8) / this.#clusterBytes);
   }
 
+  /** As `raise` (1) or `lower` (-1), without waiting: false when the counters are not in memory. Throws BdevError. */
+  changeNow(first: number, count: number, by: number): boolean {
+    const index = Math.floor(first / this.#perBlock);
+    const start = first - index * this.#perBlock;
+    if (start + count > this.#perBlock) return false;
+    const block = this.#cached(index);
+    if (block === null) return false;
+    this.#markChanged(block);
+    this.#add(block, start, start + count, by);
+    return true;
+  }
+
   *#change(first: number, count: number, by: number): Task<void> {
-    const order = this.#header.refcountOrder;
     for (let done = 0; done < count;) {
       yield* this.#trim();
       const cluster = first + done;
@@ -199,16 +210,20 @@ export class RefcountEditor {
       const end = Math.min(this.#perBlock, start + count - done);
       const index = Math.floor(cluster / this.#perBlock);
       if (this.#offsetOf(index) === 0 && this.#cached(index) === null) throw this.#notCounted(cluster);
-      const block = yield* this.#forChange(index);
-      for (let i = start; i < end; i++) {
-        const before = readCounter(block.bytes, i, order);
-        const after = before + by;
-        if (before > this.max) throw badImage('refcounts', `hold ${before}, more than there can be`);
-        if (before === 0 || after < 0) throw this.#notCounted(cluster + i - start);
-        if (after > this.max) throw this.#tooMany(cluster + i - start);
-        writeCounter(block.bytes, i, order, after);
-      }
+      this.#add(yield* this.#forChange(index), start, end, by);
       done += end - start;
+    }
+  }
+
+  #add(block: Block, start: number, end: number, by: number): void {
+    const order = this.#header.refcountOrder;
+    for (let i = start; i < end; i++) {
+      const before = readCounter(block.bytes, i, order);
+      const after = before + by;
+      if (before === 0 || after < 0) throw this.#notCounted(block.index * this.#perBlock + i);
+      if (before > this.max) throw badImage('refcounts', `hold ${before}, more than there can be`);
+      if (after > this.max) throw this.#tooMany(block.index * this.#perBlock + i);
+      writeCounter(block.bytes, i, order, after);
     }
   }
 
@@ -262,13 +277,16 @@ export class RefcountEditor {
   *#forChange(index: number): Task<Block> {
     if (index >= this.#tableEntriesMax) throw this.#tooLarge();
     const block = this.#cached(index) ?? (yield* this.#load(index));
+    this.#markChanged(block);
+    return block;
+  }
+
+  #markChanged(block: Block): void {
     if (block.base === block.bytes) block.bytes = Buffer.from(block.base);
     block.isDirty = true;
-    if (!this.#moved.has(index)) {
-      this.#moved.add(index);
-      this.#unmoved.push(index);
-    }
-    return block;
+    if (this.#moved.has(block.index)) return;
+    this.#moved.add(block.index);
+    this.#unmoved.push(block.index);
   }
 
   /** Gives changed blocks their new clusters, which may change more blocks. */

@@ -36,8 +36,10 @@ import { countEntries, countReferences, dataOffset, rewriteL2 } from './l2-table
 
 const SUBCLUSTERS = 32;
 const ZEROES_BYTES = 2 ** 20;
+/** Of a file: it reserves whole blocks. */
+const BLOCK_BYTES_MAX = 4096;
 
-/** `off`: nothing. `metadata`: clusters. `falloc`, `full`: clusters whose zeroes are written, as a file has no cheaper way. */
+/** `off`: nothing. `metadata`: clusters. `falloc`: and their space in the file. `full`: and zeroes in it. */
 export type Preallocation = 'off' | 'metadata' | 'falloc' | 'full';
 
 /** What is read where an image has nothing of its own. */
@@ -218,9 +220,11 @@ function* preallocate(edit: ImageEdit, l1: Buffer, from: number, to: number, mod
     const offset = first * clusterBytes;
     const end = offset + count * clusterBytes;
     // What the file gets anew is zeroes; clusters that were used before hold what they held.
-    const isWritten = mode === 'full' || mode === 'falloc';
+    const reserves = mode === 'falloc' && file.allocate !== undefined && clusterBytes >= BLOCK_BYTES_MAX;
+    const isWritten = mode === 'full' || (mode === 'falloc' && !reserves);
     yield* writeZeroes(file, offset, isWritten ? end : Math.min(end, Math.max(offset, oldEnd)));
     yield* file.grow(end);
+    if (reserves) yield* file.allocate!(offset, end - offset);
   });
 }
 
