@@ -26,6 +26,8 @@ import type { CodecOwner, CodecPool } from '../../../src/bdev/qcow2/codec/codec-
 import { SyncCodecPool } from '../../../src/bdev/qcow2/codec/sync-codec-pool.js';
 import { ThreadCodecPool, shareCodecPool } from '../../../src/bdev/qcow2/codec/thread-codec-pool.js';
 import { CompressionType } from '../../../src/bdev/qcow2/format.js';
+import { SystemClock } from '../../../src/poller/clock.js';
+import { Reactor, ReactorStat } from '../../../src/poller/reactor.js';
 import { expectBytes } from '../../support/bytes.js';
 import { Rig } from '../../support/rig.js';
 import { seededRandom } from '../../support/seed.js';
@@ -377,6 +379,34 @@ describe('threads', () => {
     const script = join(import.meta.dirname, 'ended-codec-reactor.mjs');
     const output = execFileSync(process.execPath, [script], { encoding: 'utf8', timeout: 25_000 });
     expect(output).toBe('alive\n');
+  });
+});
+
+describe('a reactor that sleeps', () => {
+  it.each([
+    ['threads', (reactor: Reactor) => new ThreadCodecPool(reactor, 1)],
+    ['itself', (reactor: Reactor) => new SyncCodecPool(reactor)],
+  ])('gets its job back from %s', (_, make) => {
+    const { arena, ring, random } = bench.rig.reactor;
+    const parts = { arena, ring, random, clock: new SystemClock(), pollUs: 0 };
+    const reactor = new Reactor({ ...parts, name: 'sleeper', mode: 'interrupt' });
+    const pool = make(reactor);
+    const done: CodecJob[] = [];
+    const onCodecDone = (job: CodecJob): void => {
+      done.push(job);
+      reactor.endSlice();
+    };
+    for (let i = 1; i <= 20; i++) {
+      const job = new CodecJob({ onCodecDone });
+      const range = { source: bench.memory, destination: bench.memory + 2 ** 20, sourceBytes: 2 ** 18 };
+      Object.assign(job, { operation: CodecOperation.deflate, ...range, capacityBytes: 2 ** 18 });
+      pool.submit(job);
+      // Until it is given back, or for as long as a slice may last.
+      for (let slices = 0; done.length < i && slices < 10; slices++) reactor.runSlice();
+      expect(done.length).toBe(i);
+    }
+    expect(reactor.stats[ReactorStat.sleeps]).toBeLessThan(200);
+    pool.close();
   });
 });
 

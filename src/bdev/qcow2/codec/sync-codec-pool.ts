@@ -45,6 +45,8 @@ export class SyncCodecPool implements CodecPool, Poller {
     return this.inflight > 0;
   }
 
+  disarm(): void {}
+
   close(): void {
     this.#reactor.removePoller(this);
     this.#codec.close();
