@@ -6,6 +6,7 @@
 #include <fcntl.h>
 #include <linux/falloc.h>
 #include <linux/fs.h>
+#include <linux/openat2.h>
 #include <sys/eventfd.h>
 #include <sys/ioctl.h>
 #include <sys/mman.h>
@@ -24,6 +25,15 @@ namespace {
 // fileOpen(path, flags, mode) -> fd
 Napi::Value Open(const Napi::CallbackInfo& info) {
   return Outcome(info, open(String(info, 0).c_str(), Int(info, 1) | O_CLOEXEC, static_cast<mode_t>(Int(info, 2))));
+}
+
+// fileOpenBeneath(folderFd, path, flags) -> fd
+Napi::Value OpenBeneath(const Napi::CallbackInfo& info) {
+  open_how how{};
+  how.flags = static_cast<uint64_t>(Int(info, 2)) | O_CLOEXEC;
+  how.resolve = RESOLVE_BENEATH | RESOLVE_NO_MAGICLINKS;
+  long fd = syscall(SYS_openat2, Int(info, 0), String(info, 1).c_str(), &how, sizeof(how));
+  return Outcome(info, static_cast<int>(fd));
 }
 
 Napi::Value Close(const Napi::CallbackInfo& info) { return Outcome(info, close(Int(info, 0))); }
@@ -131,6 +141,7 @@ Napi::Value AddSeals(const Napi::CallbackInfo& info) {
 
 void InitFile(Napi::Env env, Napi::Object exports) {
   Export<Open>(env, exports, "fileOpen");
+  Export<OpenBeneath>(env, exports, "fileOpenBeneath");
   Export<Close>(env, exports, "fileClose");
   Export<Duplicate>(env, exports, "fileDuplicate");
   Export<Truncate>(env, exports, "fileTruncate");

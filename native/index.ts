@@ -109,6 +109,8 @@ export interface Native {
   // file.cc
   /** open(2) with O_CLOEXEC. */
   fileOpen(path: string, flags: number, mode: number): number;
+  /** openat2(2): nothing on the way, no link either, leads out of the folder. -EXDEV when something does. */
+  fileOpenBeneath(folderFd: number, path: string, flags: number): number;
   fileClose(fd: number): number;
   /** dup(2) with FD_CLOEXEC. */
   fileDuplicate(fd: number): number;
@@ -234,6 +236,7 @@ export function checkObject<T extends object>(outcome: T | number, action: strin
 
 /** Flags of open(2), fcntl(2), fallocate(2) and preadv2(2) that are used, x86-64 and arm64 Linux. */
 export const O_RDONLY = 0;
+export const O_DIRECTORY = process.arch === 'arm64' ? 0o40000 : 0o200000;
 export const O_RDWR = 2;
 export const O_CREAT = 0o100;
 export const O_EXCL = 0o200;

@@ -80,6 +80,8 @@ export interface Bdev {
   readonly guard?: UseGuard | undefined;
   /** Bdevs directly below, outermost first; empty for a leaf. */
   readonly bases: readonly Bdev[];
+  /** Those of the bases that are only read, and rely on nobody writing to them. None for most. */
+  readonly readBases?: readonly Bdev[] | undefined;
   /** Whether the module does this type itself. */
   supports(type: IoType): boolean;
   /** Opens a channel on `reactor`; it is used on that reactor's thread only. */
@@ -112,6 +114,8 @@ export interface BdevContext {
   base(name: string, field: string): Bdev;
   /** Opens the core's channel over a base on the reactor: what a filter's `openChannel` calls. */
   open(base: Bdev): IoChannel;
+  /** Makes a bdev that nobody else knows, as for a file that is found out only by opening another; its owner destroys it. Throws BdevError. */
+  create(config: BdevConfig): Bdev;
 }
 
 /** Config of any bdev: what all modules share. The module's own keys lie beside these. */

@@ -3,7 +3,8 @@
  *
  * Invariants
  * - A name is used once. A bdev is created after its bases and destroyed before them.
- * - A bdev that is claimed for writing has exactly one consumer that writes; readers need no claim.
+ * - A bdev that is claimed for writing has exactly one consumer that writes; readers need no claim, unless they rely on what they
+ *   read (`readBases`): then nobody writes.
  * - A stack is at most STACK_DEPTH_MAX bdevs deep, so a request's completion stack cannot overflow.
  */
 import { randomUUID } from 'node:crypto';
@@ -22,6 +23,8 @@ interface Entry {
   readonly stats: IoStats;
   /** Who writes to it: a bdev's or a controller's name. */
   writer: string | null;
+  /** Who relies on nobody writing to it. */
+  readonly readers: string[];
   users: number;
 }
 
@@ -58,16 +61,7 @@ export class BdevRegistry {
     if (this.#entries.has(config.name)) {
       throw new BdevError('name-in-use', 'name', `bdev ${config.name} exists already`, 'choose another name');
     }
-    const module = this.#modules.get(config.module);
-    if (module === undefined) {
-      const known = [...this.#modules.keys()].join(', ');
-      throw new BdevError(
-        'no-such-module',
-        'module',
-        `no bdev module is called ${config.module}`,
-        `use one of: ${known}`,
-      );
-    }
+    const module = this.#moduleOf(config);
     const bdev = module.create({ ...config, uuid: config.uuid ?? randomUUID() }, this.#context(config.name));
     try {
       this.#adopt(bdev);
@@ -76,6 +70,18 @@ export class BdevRegistry {
       throw error;
     }
     return bdev;
+  }
+
+  #moduleOf(config: BdevConfig): BdevModule {
+    const module = this.#modules.get(config.module);
+    if (module !== undefined) return module;
+    const known = [...this.#modules.keys()].join(', ');
+    throw new BdevError(
+      'no-such-module',
+      'module',
+      `no bdev module is called ${config.module}`,
+      `use one of: ${known}`,
+    );
   }
 
   /** Enters a new bdev, or throws and leaves everything as it was. */
@@ -99,13 +105,15 @@ export class BdevRegistry {
           'give each bdev one user',
         );
       }
-      if (!bdev.readOnly) this.#checkUnclaimed(entry, bdev.name, 'base');
+      if (writes(bdev, entry.bdev)) this.#checkUnread(entry, bdev.name, 'base');
+      if (writes(bdev, entry.bdev) || reliesOn(bdev, entry.bdev)) this.#checkUnclaimed(entry, bdev.name, 'base');
     });
     for (const entry of bases) {
-      if (!bdev.readOnly) entry.writer = bdev.name;
+      if (writes(bdev, entry.bdev)) entry.writer = bdev.name;
+      if (reliesOn(bdev, entry.bdev)) entry.readers.push(bdev.name);
       entry.users++;
     }
-    this.#entries.set(bdev.name, { bdev, stats: new IoStats(), writer: null, users: 0 });
+    this.#entries.set(bdev.name, { bdev, stats: new IoStats(), writer: null, readers: [], users: 0 });
   }
 
   /**
@@ -114,7 +122,10 @@ export class BdevRegistry {
    */
   open(name: string, writer: string | null, field: string): OpenBdev & { readonly stats: IoStats } {
     const entry = this.#entry(name, field);
-    if (writer !== null) this.#checkUnclaimed(entry, writer, field);
+    if (writer !== null) {
+      this.#checkUnclaimed(entry, writer, field);
+      if (!entry.bdev.readOnly) this.#checkUnread(entry, writer, field);
+    }
     const channel = new BdevChannel(entry.bdev, this.#reactor, entry.stats, writer === null || entry.bdev.readOnly);
     if (writer !== null) entry.writer = writer;
     entry.users++;
@@ -146,7 +157,8 @@ export class BdevRegistry {
     for (const base of entry.bdev.bases) {
       const below = this.#entry(base.name, 'base');
       below.users--;
-      if (!entry.bdev.readOnly) below.writer = null;
+      if (writes(entry.bdev, base)) below.writer = null;
+      if (reliesOn(entry.bdev, base)) below.readers.splice(below.readers.indexOf(entry.bdev.name), 1);
     }
   }
 
@@ -163,7 +175,8 @@ export class BdevRegistry {
         this.#checkUnclaimed(entry, owner, field);
         return entry.bdev;
       },
-      open: (base) => new BdevChannel(base, this.#reactor, this.#entry(base.name, 'base').stats),
+      open: (base) => new BdevChannel(base, this.#reactor, this.#entries.get(base.name)?.stats ?? new IoStats()),
+      create: (config) => this.#moduleOf(config).create(config, this.#context(owner)),
     };
   }
 
@@ -179,6 +192,16 @@ export class BdevRegistry {
     );
   }
 
+  #checkUnread(entry: Entry, writer: string, field: string): void {
+    if (entry.readers.length === 0) return;
+    throw new BdevError(
+      'claimed',
+      field,
+      `bdev ${entry.bdev.name} is what ${entry.readers.join(', ')} stands on, ${writer} cannot write to it`,
+      'write to an image on top of it, or set `read_only: true`',
+    );
+  }
+
   #checkUnclaimed(entry: Entry, writer: string, field: string): void {
     if (entry.writer === null) return;
     throw new BdevError(
@@ -188,6 +211,14 @@ export class BdevRegistry {
       'give each bdev one user',
     );
   }
+}
+
+function reliesOn(bdev: Bdev, base: Bdev): boolean {
+  return bdev.readBases?.includes(base) === true;
+}
+
+function writes(bdev: Bdev, base: Bdev): boolean {
+  return !bdev.readOnly && !reliesOn(bdev, base);
 }
 
 /** Longest way down, in bdevs. */

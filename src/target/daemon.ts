@@ -18,7 +18,7 @@ import { ReactorThread } from '../poller/thread.js';
 import type { BlkControllerInfo } from '../vhost-user/blk-controller.js';
 import { checkAccess, peerRules, socketGid } from './access.js';
 import type { ControllerConfig, DaemonConfig } from './config/config.js';
-import { baseOf } from './config/config.js';
+import { basesOf } from './config/config.js';
 import { ConfigError, Problems } from './config/problem.js';
 import type { ConfigSource, FieldPath } from './config/problem.js';
 import { planReactors } from './config/stacks.js';
@@ -344,9 +344,8 @@ export class Daemon {
     for (const reactor of this.reactors) {
       const failed = new Set<string>();
       for (const bdev of reactor.plan.bdevs) {
-        const base = baseOf(bdev);
         // What stands on a failed bdev has no problem of its own.
-        if (base !== undefined && failed.has(base)) failed.add(bdev.name);
+        if (basesOf(bdev).some(({ name }) => failed.has(name))) failed.add(bdev.name);
         if (failed.has(bdev.name)) continue;
         const path = ['bdevs', this.config.bdevs.indexOf(bdev)];
         const facts = await this.#try(reactor, path, problems, () => callReactor(reactor.thread, 'createBdev', bdev));

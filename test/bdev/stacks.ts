@@ -116,6 +116,8 @@ export function qcow2(options = '', leaf: Partial<UringConfig> = {}, sizeBytes =
 export function qcow2On(options: Partial<Qcow2Config> = {}): Filter {
   const defaults = {
     backing: null,
+    dataFile: null,
+    imageDir: null,
     readOnly: false,
     l2CacheBytes: 2 ** 25,
     restartDir: '/dev/shm',

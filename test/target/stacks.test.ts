@@ -6,7 +6,7 @@
 import fc from 'fast-check';
 import { describe, expect, it } from 'vitest';
 import type { AnyBdevConfig, ControllerConfig, DaemonConfig } from '../../src/target/config/config.js';
-import { baseOf } from '../../src/target/config/config.js';
+import { basesOf } from '../../src/target/config/config.js';
 import { BASE_CONFIG, DEFAULT_ACCESS } from '../../src/target/config/defaults.js';
 import { Problems } from '../../src/target/config/problem.js';
 import { basesFirst, checkReferences, planReactors } from '../../src/target/config/stacks.js';
@@ -86,8 +86,7 @@ describe('basesFirst', () => {
         const order = basesFirst(bdevs).map(({ name }) => name);
         expect([...order].sort()).toEqual(bdevs.map(({ name }) => name).sort());
         for (const bdev of bdevs) {
-          const base = baseOf(bdev);
-          if (base !== undefined) expect(order.indexOf(base)).toBeLessThan(order.indexOf(bdev.name));
+          for (const { name } of basesOf(bdev)) expect(order.indexOf(name)).toBeLessThan(order.indexOf(bdev.name));
         }
       }),
     );

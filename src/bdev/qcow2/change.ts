@@ -90,7 +90,9 @@ export class Change extends Sleeper implements IoOwner {
     const unit = this.#wholeClusters ? geometry.clusterBytes : geometry.unitBytes;
     const start = Math.floor(this.#offset / unit) * unit;
     const dataEnd = this.#offset + this.#length;
-    const end = Math.ceil(dataEnd / unit) * unit;
+    const whole = Math.ceil(dataEnd / unit) * unit;
+    // A data file is as long as the disk.
+    const end = geometry.hasExternalData ? Math.min(whole, engine.top.sizeBytes) : whole;
     this.#head = this.#offset - start;
     this.#tail = end - dataEnd;
     this.#copiesHead = this.#head > 0 && !engine.readsAsZeroes(start, this.#head);

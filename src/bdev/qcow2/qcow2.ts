@@ -7,6 +7,7 @@ import type { BdevIo } from '../bdev-io.js';
 import { BdevSize } from '../bdev-size.js';
 import { wholeRequests } from '../filter-bdev.js';
 import { Allocator } from './allocator.js';
+import { Opened, openBacking, openData, pathOf } from './chain.js';
 import { ChannelFile, TaskIo } from './channel-file.js';
 import { Committer } from './commit.js';
 import { Engine } from './engine.js';
@@ -16,6 +17,7 @@ import {
   Incompatible,
   clusterBytesOf,
   featureWords,
+  hasExternalData,
   sessionOf,
   unknownAutoclear,
   withSession,
@@ -31,8 +33,12 @@ export interface Qcow2Config extends BdevConfig {
   readonly module: 'qcow2';
   /** Name of the bdev that holds the image. */
   readonly base: string;
-  /** Name of the bdev that shows through where the image holds nothing; null: there is none. */
+  /** Name of the bdev that shows through where the image holds nothing; null: what the image names, beneath `imageDir`. */
   readonly backing: string | null;
+  /** Name of the bdev that holds the data of an image with an external data file; null: what the image names. */
+  readonly dataFile: string | null;
+  /** Folder beneath which files that images name may be opened; null: none may. */
+  readonly imageDir: string | null;
   readonly readOnly: boolean;
   /** Most memory for the cache of L2 tables. */
   readonly l2CacheBytes: number;
@@ -78,11 +84,12 @@ class Qcow2Bdev implements Bdev {
   readonly supportsFua = false;
   readonly limits: BdevLimits;
   readonly bases: readonly Bdev[];
+  readonly readBases: readonly Bdev[];
   readonly #config: Qcow2Config;
   readonly #reactor: Reactor;
   readonly #image: Qcow2Image;
   readonly #engine: Engine;
-  readonly #channels: IoChannel[] = [];
+  readonly #opened = new Opened();
   readonly #file: ChannelFile;
   /** Changes of a session that was killed, which were carried out. */
   #replayed = 0;
@@ -92,35 +99,31 @@ class Qcow2Bdev implements Bdev {
   constructor(config: Qcow2Config, context: BdevContext) {
     const { reactor } = context;
     const base = context.base(config.base, 'base');
-    const backing = config.backing === null ? null : context.base(config.backing, 'backing');
+    const named = [config.dataFile, config.backing] as const;
+    const [dataFile, backing] = named.map((name, i) =>
+      name === null ? null : context.base(name, i === 0 ? 'data_file' : 'backing'),
+    ) as [Bdev | null, Bdev | null];
     this.name = config.name;
     this.uuid = config.uuid ?? '';
     this.#config = config;
     this.#reactor = reactor;
     this.readOnly = config.readOnly || base.readOnly;
     this.blockSizeBytes = base.blockSizeBytes;
-    this.bases = backing === null ? [base] : [base, backing];
-    const channel = context.open(base);
-    this.#channels.push(channel);
+    this.bases = [base, dataFile, backing].filter((bdev) => bdev !== null);
+    this.readBases = backing === null ? [] : [backing];
+    const channel = this.#openChannel(context, base);
     this.#file = new ChannelFile(base, channel, reactor);
-    let image: Qcow2Image | null = null;
     try {
       const header = this.#complete(readHeader(this.#file));
-      image = new Qcow2Image(header, { reactor, base, channel, l2CacheBytes: config.l2CacheBytes });
+      const image = new Qcow2Image(header, { reactor, base, channel, l2CacheBytes: config.l2CacheBytes });
+      this.#opened.images.push(image);
       this.#image = image;
       this.#checkUsable();
       this.#complete(this.#prepareFile());
       this.#complete(image.load());
-      const layers: Layer[] = [{ image, channel, sizeBytes: header.sizeBytes }];
-      if (backing !== null) {
-        const backingChannel = context.open(backing);
-        this.#channels.push(backingChannel);
-        const sizeBytes = backing.blockCount * backing.blockSizeBytes;
-        layers.push({ image: null, channel: backingChannel, sizeBytes });
-      }
       this.#engine = new Engine({
         reactor,
-        layers,
+        layers: this.#openLayers(context, base, channel, dataFile, backing),
         onDamage: (field, problem) => this.#onDamage(field, problem),
         clusterCacheBytes: config.clusterCacheBytes,
         codecThreads: config.codecThreads,
@@ -128,17 +131,14 @@ class Qcow2Bdev implements Bdev {
       if (!this.readOnly) this.#prepareWriting(channel);
     } catch (error) {
       // Anything else than what is wrong with the image or its device is no reason to tidy up.
-      if (error instanceof BdevError) {
-        image?.release();
-        for (const opened of this.#channels) opened.close();
-      }
+      if (error instanceof BdevError) this.#opened.close();
       throw error;
     }
     this.limits = {
       ...wholeRequests(base),
       physicalBlockBytes: Math.max(base.limits.physicalBlockBytes, 4096),
-      discardGranularityBytes: image.geometry.unitBytes,
-      optimalIoBytes: image.geometry.clusterBytes,
+      discardGranularityBytes: this.#image.geometry.unitBytes,
+      optimalIoBytes: this.#image.geometry.clusterBytes,
     };
     this.size = new BdevSize(this.blockSizeBytes, {
       sizeBytes: () => this.#image.sizeBytes,
@@ -204,8 +204,50 @@ class Qcow2Bdev implements Bdev {
     }
     this.#complete(engine.quiet());
     engine.release();
-    this.#image.release();
-    for (const channel of this.#channels) channel.close();
+    this.#opened.close();
+  }
+
+  #openChannel(context: BdevContext, bdev: Bdev): IoChannel {
+    const channel = context.open(bdev);
+    this.#opened.channels.push(channel);
+    return channel;
+  }
+
+  /** The image, and what lies below: what the config names goes before what the image does. Throws BdevError. */
+  #openLayers(
+    context: BdevContext,
+    base: Bdev,
+    channel: IoChannel,
+    dataFile: Bdev | null,
+    backing: Bdev | null,
+  ): Layer[] {
+    const { name, imageDir, l2CacheBytes } = this.#config;
+    const image = this.#image;
+    const { header } = image;
+    const options = { context, opened: this.#opened, name, imageDir, l2CacheBytes };
+    let data = { bdev: base, channel };
+    if (hasExternalData(header)) {
+      data =
+        dataFile === null
+          ? openData(options, base, pathOf(base), header, 'data', this.readOnly)
+          : { bdev: dataFile, channel: this.#openChannel(context, dataFile) };
+      const { blockSizeBytes, blockCount, size } = data.bdev;
+      const wanted = Math.ceil(header.sizeBytes / blockSizeBytes) * blockSizeBytes;
+      if (!this.readOnly && blockCount * blockSizeBytes < wanted) size.resize(wanted);
+    } else if (dataFile !== null) {
+      throw new BdevError(
+        'no-data-file',
+        'data_file',
+        `the image on ${base.name} has its data in itself`,
+        'leave it out',
+      );
+    }
+    const layers: Layer[] = [{ image, channel: data.channel, sizeBytes: header.sizeBytes }];
+    if (backing !== null) {
+      const sizeBytes = backing.blockCount * backing.blockSizeBytes;
+      return [...layers, { image: null, channel: this.#openChannel(context, backing), sizeBytes }];
+    }
+    return header.backingFile === null ? layers : [...layers, ...this.#complete(openBacking(options, base, header))];
   }
 
   *#flush(): Task<void> {
@@ -234,9 +276,6 @@ class Qcow2Bdev implements Bdev {
         `is ${header.cryptMethod}`,
         'convert the image to one without encryption',
       );
-    }
-    if ((header.incompatible & Incompatible.externalDataFile) !== 0n) {
-      throw unsupportedImage('header.incompatible_features', 'names an external data file', 'convert the image');
     }
     if (this.readOnly) return;
     if ((header.incompatible & Incompatible.corrupt) !== 0n) {
@@ -322,7 +361,7 @@ class Qcow2Bdev implements Bdev {
       allocator,
       reactor: this.#reactor,
       channel,
-      dataChannel: null,
+      dataChannel: image.geometry.hasExternalData ? engine.dataChannel : null,
       onBegin: () => engine.onRoundBegin(),
       onRound: (isAll) => engine.onRound(isAll),
     });

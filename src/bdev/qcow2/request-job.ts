@@ -27,6 +27,8 @@ import { Sleeper } from './wait-list.js';
 
 /** Pieces of one request under way at most. */
 const PIECES_MAX = 64;
+/** Zeroes up to this length are written out. */
+const ZEROES_WRITTEN_MAX = 64 * 1024;
 /** Entries that are cleared at once at most. */
 const CLEARED_MAX = 1024;
 const DOUBLE = 0.5;
@@ -163,8 +165,14 @@ export class RequestJob extends Sleeper {
 
   #transfer(type: IoType, channel: Engine['dataChannel'], offset: number, lengthBytes: number): void {
     const piece = this.#engine.takePiece();
-    piece.io.prepare(type, offset, lengthBytes, 0);
-    this.#takeData(piece.io, lengthBytes);
+    const isCleared = type === IoType.write && this.#io!.type > IoType.write && lengthBytes > ZEROES_WRITTEN_MAX;
+    if (isCleared) {
+      const isUnmap = this.#io!.type === IoType.discard || (this.#io!.flags & IoFlag.unmap) !== 0;
+      piece.io.prepare(IoType.writeZeroes, offset, lengthBytes, isUnmap ? IoFlag.unmap : 0);
+    } else {
+      piece.io.prepare(type, offset, lengthBytes, 0);
+      this.#takeData(piece.io, lengthBytes);
+    }
     this.#position += lengthBytes;
     this.#outstanding++;
     piece.begin(this);
@@ -280,11 +288,16 @@ export class RequestJob extends Sleeper {
     const skip = this.#position % unitBytes;
     const unitEnd = this.#position - skip + unitBytes;
     const reachesEnd = this.#end === top.sizeBytes;
-    if (skip > 0 || (this.#end < unitEnd && !reachesEnd) || geometry.hasExternalData) {
+    if (skip > 0 || (this.#end < unitEnd && !reachesEnd)) {
       // Part of a unit: it is written, unless it may stay as it is.
-      const end = geometry.hasExternalData ? this.#end : Math.min(this.#end, unitEnd);
+      const end = Math.min(this.#end, unitEnd);
       if (isDiscard) this.#position = end;
       else this.#writeZeroes(end);
+      return;
+    }
+    if (geometry.hasExternalData) {
+      // Its data file may be read by others without the image: what is zeroes here has to be zeroes there.
+      this.#writeZeroes(reachesEnd ? this.#end : this.#end - (this.#end % unitBytes));
       return;
     }
     const table = top.tableOf(this.#position);

@@ -2,7 +2,6 @@
  * What the daemon is told to do, checked and typed. It is made from a config file (load.ts), from the embedded defaults
  * (defaults.ts) or from the options of the one-disk program; nothing behind it knows which.
  */
-import type { BdevConfig } from '../../bdev/bdev.js';
 import type { DelayConfig } from '../../bdev/delay/delay.js';
 import type { ErrorConfig } from '../../bdev/error/error.js';
 import type { MallocConfig } from '../../bdev/malloc/malloc.js';
@@ -94,7 +93,31 @@ export interface DaemonConfig {
   readonly coreDumps: boolean;
 }
 
-/** Name of the bdev below a filter, undefined for a leaf. */
-export function baseOf(bdev: BdevConfig): string | undefined {
-  return 'base' in bdev && typeof bdev.base === 'string' ? bdev.base : undefined;
+/** A bdev that another stands on. */
+export interface BaseReference {
+  readonly name: string;
+  /** Key of the config that names it. */
+  readonly field: 'base' | 'backing' | 'data_file';
+  /** It is read only, and nobody may write to it meanwhile. */
+  readonly isRead: boolean;
+}
+
+/** The bdevs directly below one, none for a leaf. */
+export function basesOf(bdev: AnyBdevConfig): BaseReference[] {
+  switch (bdev.module) {
+    case 'null':
+    case 'malloc':
+    case 'uring':
+      return [];
+    case 'qcow2': {
+      const { base, backing, dataFile } = bdev;
+      return [
+        { name: base, field: 'base', isRead: bdev.readOnly },
+        ...(dataFile === null ? [] : [{ name: dataFile, field: 'data_file', isRead: bdev.readOnly } as const]),
+        ...(backing === null ? [] : [{ name: backing, field: 'backing', isRead: true } as const]),
+      ];
+    }
+    default:
+      return [{ name: bdev.base, field: 'base', isRead: false }];
+  }
 }

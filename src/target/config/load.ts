@@ -137,6 +137,8 @@ function toBdevConfig(bdev: FileBdev, folder: string): AnyBdevConfig {
         module: 'qcow2',
         base: bdev.base,
         backing: bdev.backing,
+        dataFile: bdev.data_file,
+        imageDir: bdev.image_dir === null ? null : resolve(folder, bdev.image_dir),
         readOnly: bdev.read_only,
         l2CacheBytes: bdev.l2_cache,
         clusterCacheBytes: bdev.cluster_cache,

@@ -136,6 +136,8 @@ const bdev = z.discriminatedUnion('module', [
     ...filter,
     module: z.literal('qcow2'),
     backing: nameOf.nullable().default(null),
+    data_file: nameOf.nullable().default(null),
+    image_dir: path.nullable().default(null),
     read_only: z.boolean().default(false),
     l2_cache: size.default(DEFAULT_L2_CACHE_BYTES),
     restart_dir: path.nullable().default(DEFAULT_RESTART_DIR),

@@ -8,7 +8,7 @@
  * - Within a reactor bdevs come after their bases.
  */
 import type { AnyBdevConfig, ControllerConfig, DaemonConfig, ReactorConfig } from './config.js';
-import { baseOf } from './config.js';
+import { basesOf } from './config.js';
 import { formatPath } from './problem.js';
 import type { FieldPath, Problems } from './problem.js';
 import { DEFAULT_POLL_US } from './schema.js';
@@ -34,7 +34,7 @@ export function checkReferences(config: DaemonConfig, problems: Problems): void 
   const bdevNames = config.bdevs.map((bdev) => bdev.name);
   const reactorNames = config.reactors.map((reactor) => reactor.name);
   config.bdevs.forEach((bdev, i) => {
-    checkKnown(baseOf(bdev), bdevNames, ['bdevs', i, 'base'], 'bdev', problems);
+    for (const { name, field } of basesOf(bdev)) checkKnown(name, bdevNames, ['bdevs', i, field], 'bdev', problems);
   });
   config.controllers.forEach((controller, i) => {
     checkKnown(controller.bdev, bdevNames, ['controllers', i, 'bdev'], 'bdev', problems);
@@ -126,56 +126,71 @@ function checkKnown(
 function checkCircles(bdevs: readonly AnyBdevConfig[], problems: Problems): void {
   const byName = new Map(bdevs.map((bdev) => [bdev.name, bdev]));
   const settled = new Set<string>();
-  bdevs.forEach((bdev, i) => {
-    const way: string[] = [];
-    let name: string | undefined = bdev.name;
-    while (name !== undefined && !settled.has(name) && !way.includes(name)) {
-      way.push(name);
+  /** Goes down from a bdev; returns the circle it came into, if any. */
+  const follow = (bdev: AnyBdevConfig, way: readonly string[]): readonly string[] | null => {
+    if (settled.has(bdev.name)) return null;
+    if (way.includes(bdev.name)) return way.slice(way.indexOf(bdev.name));
+    for (const { name } of basesOf(bdev)) {
       const below = byName.get(name);
-      name = below === undefined ? undefined : baseOf(below);
+      const circle = below === undefined ? null : follow(below, [...way, bdev.name]);
+      if (circle !== null) return circle;
     }
-    if (name === bdev.name && !settled.has(name)) {
-      problems.add(
-        ['bdevs', i, 'base'],
-        `the bdevs ${[...way, name].join(' -> ')} stand on each other in a circle`,
-        'let one of them stand on another bdev',
-      );
-      for (const member of way) settled.add(member);
-    }
-  });
+    settled.add(bdev.name);
+    return null;
+  };
+  for (const bdev of bdevs) {
+    const circle = follow(bdev, []);
+    if (circle === null) continue;
+    for (const member of circle) settled.add(member);
+    // Named at the first of its members, whoever led into it.
+    const first = bdevs.findIndex(({ name }) => circle.includes(name));
+    const way = [
+      ...circle.slice(circle.indexOf(bdevs[first]!.name)),
+      ...circle.slice(0, circle.indexOf(bdevs[first]!.name)),
+    ];
+    problems.add(
+      ['bdevs', first, basesOf(bdevs[first]!)[0]!.field],
+      `the bdevs ${[...way, way[0]!].join(' -> ')} stand on each other in a circle`,
+      'let one of them stand on another bdev',
+    );
+  }
 }
 
-/** Two writers of one bdev would each overwrite what the other holds to be on the disk. */
+/**
+ * Two writers of one bdev would each overwrite what the other holds to be on the disk; who reads one relies on what it holds.
+ */
 function checkWriters(config: DaemonConfig, problems: Problems): void {
-  const writers = new Map<string, string>();
-  const claim = (bdev: string, writer: string, field: FieldPath): void => {
+  const users = new Map<string, { readonly user: string; readonly isRead: boolean }>();
+  const claim = (bdev: string, user: string, isRead: boolean, field: FieldPath): void => {
     if (isReadOnly(bdev, config.bdevs)) return;
-    const first = writers.get(bdev);
-    if (first === undefined) writers.set(bdev, writer);
-    else
+    const first = users.get(bdev);
+    if (first === undefined) users.set(bdev, { user, isRead });
+    else if (!first.isRead || !isRead) {
+      const uses = first.isRead ? 'read, as something that does not change,' : 'written';
       problems.add(
         field,
-        `bdev ${bdev} is written by ${first} already`,
+        `bdev ${bdev} is ${uses} by ${first.user} already`,
         'give each bdev one user, or set `read_only: true`',
       );
+    }
   };
   config.bdevs.forEach((bdev, i) => {
-    const base = baseOf(bdev);
-    if (base !== undefined) claim(base, `bdev ${bdev.name}`, ['bdevs', i, 'base']);
+    for (const { name, field, isRead } of basesOf(bdev)) claim(name, `bdev ${bdev.name}`, isRead, ['bdevs', i, field]);
   });
   config.controllers.forEach((controller, i) => {
-    if (!controller.readOnly) claim(controller.bdev, `controller ${controller.name}`, ['controllers', i, 'bdev']);
+    if (!controller.readOnly)
+      claim(controller.bdev, `controller ${controller.name}`, false, ['controllers', i, 'bdev']);
   });
 }
 
-/** Whether nobody can write to the bdev: its leaf is read-only. */
+/** Whether nobody can write to the bdev: it says so, or its leaf does. */
 function isReadOnly(name: string, bdevs: readonly AnyBdevConfig[]): boolean {
   let bdev = bdevs.find((candidate) => candidate.name === name);
   // A circle is longer than its bdevs.
   for (let depth = 0; depth < bdevs.length && bdev !== undefined; depth++) {
-    if (bdev.module === 'uring') return bdev.readOnly;
-    const base = baseOf(bdev);
-    bdev = bdevs.find((candidate) => candidate.name === base);
+    if ((bdev.module === 'uring' || bdev.module === 'qcow2') && bdev.readOnly) return true;
+    const below = basesOf(bdev).find(({ field }) => field === 'base')?.name;
+    bdev = bdevs.find((candidate) => candidate.name === below);
   }
   return false;
 }
@@ -228,8 +243,7 @@ function stackGroups(config: DaemonConfig): Map<string, string> {
   };
   const qosGroups = new Map<string, string>();
   for (const bdev of config.bdevs) {
-    const base = baseOf(bdev);
-    if (base !== undefined) join(bdev.name, base);
+    for (const { name } of basesOf(bdev)) join(bdev.name, name);
     if (bdev.module === 'qos' && bdev.group !== null) {
       const member = qosGroups.get(bdev.group);
       if (member === undefined) qosGroups.set(bdev.group, bdev.name);
@@ -239,17 +253,20 @@ function stackGroups(config: DaemonConfig): Map<string, string> {
   return new Map(config.bdevs.map((bdev) => [bdev.name, root(bdev.name)]));
 }
 
-/** The bdevs, each after its base; otherwise in the order of the config. */
+/** The bdevs, each after those it stands on; otherwise in the order of the config. */
 export function basesFirst(bdevs: readonly AnyBdevConfig[]): AnyBdevConfig[] {
   const byName = new Map(bdevs.map((bdev) => [bdev.name, bdev]));
   const sorted = new Set<AnyBdevConfig>();
-  for (const bdev of bdevs) {
-    const way: AnyBdevConfig[] = [];
-    for (let below: AnyBdevConfig | undefined = bdev; below !== undefined && !sorted.has(below);) {
-      way.push(below);
-      below = byName.get(baseOf(below) ?? '');
+  const visited = new Set<AnyBdevConfig>();
+  const visit = (bdev: AnyBdevConfig): void => {
+    if (visited.has(bdev)) return;
+    visited.add(bdev);
+    for (const { name } of basesOf(bdev)) {
+      const below = byName.get(name);
+      if (below !== undefined) visit(below);
     }
-    for (const member of way.reverse()) sorted.add(member);
-  }
+    sorted.add(bdev);
+  };
+  for (const bdev of bdevs) visit(bdev);
   return [...sorted];
 }

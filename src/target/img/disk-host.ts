@@ -101,6 +101,8 @@ export class DiskHost {
       module: 'qcow2',
       base: file,
       backing,
+      dataFile: null,
+      imageDir: null,
       readOnly,
       l2CacheBytes: L2_CACHE_BYTES,
       clusterCacheBytes: CLUSTER_CACHE_BYTES,
