@@ -14,4 +14,6 @@ export interface ImageFile {
   grow(sizeBytes: number): Task<void>;
   /** Reserves space that the file does not take yet, and makes it longer where need be. Throws BdevError. */
   allocate?(offset: number, lengthBytes: number): Task<void>;
+  /** Gives space back that holds nothing any more, if it can. Throws BdevError. */
+  deallocate?(offset: number, lengthBytes: number): Task<void>;
 }

@@ -5,7 +5,7 @@
  * Invariant: a file that is open for writing is locked against the daemon and QEMU, unless locking was turned off.
  */
 import { closeSync, constants, fdatasyncSync, fstatSync, ftruncateSync, openSync, readSync, writeSync } from 'node:fs';
-import { EAGAIN, EBUSY, FALLOC_FL_KEEP_SIZE, O_RDONLY, native } from '../../../native/index.js';
+import { EAGAIN, EBUSY, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, O_RDONLY, native } from '../../../native/index.js';
 import { BdevError } from '../../bdev/bdev.js';
 import type { ImageFile } from '../../bdev/qcow2/image-file.js';
 import { completeTask } from '../../bdev/qcow2/task.js';
@@ -111,6 +111,11 @@ export class NodeFile implements ImageFile {
     const outcome = native.fileAllocate(this.fd, this.isDevice ? FALLOC_FL_KEEP_SIZE : 0, offset, lengthBytes);
     if (outcome < 0) throw ioError(this.path, 'reserve space', offset, -outcome);
     if (!this.isDevice) this.#sizeBytes = Math.max(this.#sizeBytes, offset + lengthBytes);
+  }
+
+  *deallocate(offset: number, lengthBytes: number): Task<void> {
+    const outcome = native.fileAllocate(this.fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, offset, lengthBytes);
+    if (outcome < 0) throw ioError(this.path, 'give space back', offset, -outcome);
   }
 
   /** Sets the size of a plain file. Throws BdevError. */

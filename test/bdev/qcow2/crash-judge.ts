@@ -24,7 +24,7 @@ export function judgeCrashes(
   image: Buffer,
   task: (file: RecordingFile) => Task<unknown>,
   random: Random,
-  { backing, randomPerMoment = 2 }: { backing?: Buffer; randomPerMoment?: number } = {},
+  { backing, randomPerMoment = 1 }: { backing?: Buffer; randomPerMoment?: number } = {},
 ): Judged {
   const file = new RecordingFile(image);
   runTask(task(file));

@@ -14,7 +14,9 @@ import {
 } from '../../../src/bdev/qcow2/edit/snapshots.js';
 import { addBitmap } from '../../../src/bdev/qcow2/edit/bitmaps.js';
 import { seededRandom } from '../../support/seed.js';
+import { imageEnd } from '../../../src/bdev/qcow2/edit/image-edit.js';
 import type { Task } from '../../../src/bdev/qcow2/task.js';
+import { NodeFile } from '../../../src/target/img/node-file.js';
 import { judgeCrashes } from './crash-judge.js';
 import { headerOf, readDisk } from './plain-reader.js';
 import {
@@ -149,6 +151,26 @@ describe('snapshots', () => {
     // Of two with one name the first is meant.
     runTask(deleteSnapshot(file, 'vor dem Ändern ✓'));
     expect(runTask(listSnapshots(file)).map(({ id }) => id)).toEqual(['2']);
+  });
+
+  it('give back what only they held, and the file can be cut where its last cluster ends', () => {
+    const path = folder.of('sparse');
+    qemuImg('create', '-q', '-f', 'qcow2', '-o', 'cluster_size=65536', path, '64M');
+    qemuIo(path, 'write -P 1 0 64M');
+    const file = new NodeFile(path, { mode: 'write' });
+    runTask(createSnapshot(file, { name: 'whole', ...TIME }));
+    file.close();
+    qemuIo(path, 'write -P 2 0 64M');
+    const disk = content(path);
+    const again = new NodeFile(path, { mode: 'write' });
+    const before = again.allocatedBytes;
+    runTask(deleteSnapshot(again, 'whole'));
+    expect(before - again.allocatedBytes).toBeGreaterThan(63 * 2 ** 20);
+    const end = runTask(imageEnd(again));
+    again.truncate(end);
+    again.close();
+    const checked = JSON.parse(qemuImg('check', '--output', 'json', path)) as { 'image-end-offset': number };
+    expect([checked['image-end-offset'], check(path), content(path)]).toEqual([end, '', disk]);
   });
 
   it('bring back the size that the disk had', () => {

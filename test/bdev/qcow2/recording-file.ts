@@ -58,6 +58,11 @@ export class RecordingFile implements ImageFile {
     this.#room = larger;
   }
 
+  /** As zeroes that are written: what is still needed would be missed. */
+  *deallocate(offset: number, lengthBytes: number): Task<void> {
+    yield* this.write(offset, Buffer.alloc(lengthBytes));
+  }
+
   get writes(): number {
     return this.operations.filter(({ type }) => type === 'write').length;
   }

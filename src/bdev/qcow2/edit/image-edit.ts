@@ -6,6 +6,7 @@
  * - The commit comes after a sync of all that it points at; it is durable when `commit` returns.
  * - An edit that ends with an error has not changed the image.
  */
+import { BdevError } from '../../bdev.js';
 import { Autoclear, clusterBytesOf, hasExternalData } from '../format.js';
 import type { BitmapsExtension, Qcow2Header } from '../format.js';
 import { badImage, unsupportedImage } from '../image-error.js';
@@ -27,6 +28,8 @@ export interface Extent {
 }
 
 const SNAPSHOT_FIXED_BYTES = 40;
+/** A file has holes of whole blocks. */
+const FILE_BLOCK_BYTES = 4096;
 
 export class ImageEdit {
   readonly file: ImageFile;
@@ -121,7 +124,7 @@ export class ImageEdit {
     yield* this.refcounts.lower(offset / this.clusterBytes, Math.ceil(lengthBytes / this.clusterBytes));
   }
 
-  /** Puts the edit into force. Throws BdevError, and then it is as if nothing had been done. */
+  /** Puts the edit into force. Throws BdevError, and then it is as if nothing had been done, unless that was the last sync. */
   *commit(change: Partial<Qcow2Header>): Task<Qcow2Header> {
     const table = yield* this.refcounts.finish();
     yield* this.file.sync();
@@ -129,6 +132,23 @@ export class ImageEdit {
     // Bitmaps that somebody let go stale are not carried on.
     const wanted = hasBitmaps(header) ? header : { ...header, bitmaps: null };
     return (yield* commitHeader(this.file, this.#loaded, wanted)).header;
+  }
+
+  /** After the commit: gives the space of what is not in use any more back to the file system, where that can be done. */
+  *giveBack(): Task<void> {
+    const { file, clusterBytes } = this;
+    if (file.deallocate === undefined) return;
+    const block = Math.max(clusterBytes, FILE_BLOCK_BYTES);
+    try {
+      yield* this.refcounts.eachFreed(function* (first, count) {
+        const start = Math.ceil((first * clusterBytes) / block) * block;
+        const end = Math.min(Math.floor(((first + count) * clusterBytes) / block) * block, file.sizeBytes);
+        if (end > start) yield* file.deallocate!(start, end - start);
+      });
+    } catch (error) {
+      // The edit is done; not every file can have holes.
+      if (!(error instanceof BdevError)) throw error;
+    }
   }
 
   /** The tables that an edit moves are counted: found here, before anything is written. */
@@ -226,4 +246,12 @@ export function assertNoExternalData(header: Qcow2Header): void {
     'says that the data lies in an external file',
     'snapshots need the data within the image: convert it',
   );
+}
+
+/** Where the last cluster that is in use ends: what the file has beyond is not needed. Throws BdevError. */
+export function* imageEnd(file: ImageFile): Task<number> {
+  const { header } = yield* loadHeader(file);
+  assertEditable(header);
+  const refcounts = yield* RefcountEditor.open(file, header, new ClusterRanges());
+  return ((yield* refcounts.last()) + 1) * clusterBytesOf(header);
 }

@@ -184,6 +184,41 @@ export class RefcountEditor {
     return { refcountTableOffset: first * this.#clusterBytes, refcountTableClusters: clusters };
   }
 
+  /** After `finish`: the clusters that were in use before and are not any more, in runs. */
+  *eachFreed(visit: (first: number, count: number) => Task<void>): Task<void> {
+    const order = this.#header.refcountOrder;
+    let first = 0;
+    let count = 0;
+    for (const index of [...this.#moved].sort((a, b) => a - b)) {
+      yield* this.#trim();
+      const { bytes, base } = this.#cached(index) ?? (yield* this.#load(index));
+      for (let i = 0; i < this.#perBlock; i++) {
+        if (readCounter(bytes, i, order) !== 0 || readCounter(base, i, order) === 0) continue;
+        const cluster = index * this.#perBlock + i;
+        if (cluster !== first + count) {
+          if (count > 0) yield* visit(first, count);
+          first = cluster;
+          count = 0;
+        }
+        count++;
+      }
+    }
+    if (count > 0) yield* visit(first, count);
+  }
+
+  /** The last cluster that is in use, or -1. */
+  *last(): Task<number> {
+    for (let index = this.#table.length - 1; index >= 0; index--) {
+      if (this.#offsetOf(index) === 0) continue;
+      yield* this.#trim();
+      const { bytes } = this.#cached(index) ?? (yield* this.#load(index));
+      for (let i = this.#perBlock - 1; i >= 0; i--) {
+        if (readCounter(bytes, i, this.#header.refcountOrder) > 0) return index * this.#perBlock + i;
+      }
+    }
+    return -1;
+  }
+
   #tableClustersNeeded(): number {
     let entries = this.#table.length;
     while (entries > 0 && this.#table[entries - 1] === 0) entries--;

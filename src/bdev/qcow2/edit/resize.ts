@@ -74,7 +74,9 @@ export function* resizeImage(file: ImageFile, sizeBytes: number, options: Resize
   if (sizeBytes > header.sizeBytes) yield* fillNew(edit, l1, sizeBytes, options);
   const bitmaps = yield* resizeBitmaps(edit, sizeBytes);
   const newL1 = l1.subarray(0, l1Entries * 8);
-  return yield* edit.commit({ sizeBytes, ...bitmaps, ...(yield* replaceL1(edit, newL1)) });
+  const resized = yield* edit.commit({ sizeBytes, ...bitmaps, ...(yield* replaceL1(edit, newL1)) });
+  if (sizeBytes < header.sizeBytes) yield* edit.giveBack();
+  return resized;
 }
 
 function assertPossible({ header, snapshots, bitmaps }: ImageEdit, sizeBytes: number, options: ResizeOptions): void {

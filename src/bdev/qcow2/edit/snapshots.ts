@@ -79,6 +79,7 @@ export function* deleteSnapshot(file: ImageFile, idOrName: string): Task<Snapsho
     active,
     edit.snapshots.filter((other) => other !== snapshot),
   );
+  yield* edit.giveBack();
   return snapshot;
 }
 
@@ -105,6 +106,7 @@ export function* applySnapshot(file: ImageFile, idOrName: string): Task<Snapshot
     l1Entries: snapshot.l1Entries,
     sizeBytes: snapshot.sizeBytes,
   });
+  yield* edit.giveBack();
   return snapshot;
 }
 
