@@ -86,6 +86,11 @@ export interface Bdev {
   supports(type: IoType): boolean;
   /** Opens a channel on `reactor`; it is used on that reactor's thread only. */
   openChannel(reactor: Reactor): IoChannel;
+  /**
+   * Carries out what an operator asks of this module beside serving requests, as taking a snapshot; requests go on or wait.
+   * @param params plain JSON, which the module checks. Rejects with BdevError
+   */
+  operate?(operation: string, params: Readonly<Record<string, unknown>>): Promise<unknown>;
   /** Module-specific facts, plain JSON, for operators. */
   describe(): Record<string, unknown>;
   /** Releases files and memory. Called when no channel is open and no other bdev uses it. */

@@ -194,7 +194,19 @@ export class Daemon {
   /** Changes the size of a bdev; null takes up that of its storage. Rejects with RemoteError when that cannot be. */
   async resizeBdev(bdev: RunningBdev, sizeBytes: number | null): Promise<void> {
     const { thread } = this.reactors.find((reactor) => reactor.name === bdev.reactor)!;
-    const infos = await callReactor(thread, 'resizeBdev', { name: bdev.name, sizeBytes });
+    this.#takeSizes(await callReactor(thread, 'resizeBdev', { name: bdev.name, sizeBytes }));
+  }
+
+  /** Has a bdev carry out an operation of its module. Rejects with RemoteError. */
+  async operate(bdev: RunningBdev, operation: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
+    const { thread } = this.reactors.find((reactor) => reactor.name === bdev.reactor)!;
+    const result = await callReactor(thread, 'operate', { name: bdev.name, operation, params });
+    this.#takeSizes(await callReactor(thread, 'bdevs', null));
+    this.#log.info({ bdev: bdev.name, operation, ...params }, 'operation done');
+    return result;
+  }
+
+  #takeSizes(infos: readonly BdevInfo[]): void {
     for (const info of infos) {
       const running = this.bdevs.find((candidate) => candidate.name === info.name);
       if (running === undefined || running.sizeBytes === info.sizeBytes) continue;

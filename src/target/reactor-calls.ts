@@ -67,6 +67,11 @@ interface Calls {
     params: { readonly name: string; readonly sizeBytes: number | null };
     result: readonly BdevInfo[];
   };
+  /** Has a bdev carry out an operation of its module. */
+  operate: {
+    params: { readonly name: string; readonly operation: string; readonly params: Readonly<Record<string, unknown>> };
+    result: unknown;
+  };
   /** What the counters say now, for a control plane that shares no memory. */
   counters: { params: null; result: Counters };
   /** All that is wanted has been opened: an isolated reactor opens no file from here on. */

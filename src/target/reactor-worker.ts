@@ -48,6 +48,16 @@ function makeHandlers(host: ReactorHost): ReactorCallHandlers {
       else bdev.size.resize(sizeBytes);
       return infosOf(registry);
     },
+    operate: ({ name, operation, params }) => {
+      const bdev = registry.get(name);
+      if (bdev?.operate !== undefined) return bdev.operate(operation, params);
+      throw new BdevError(
+        'no-such-operation',
+        'name',
+        `bdev ${name} knows no ${operation}`,
+        'name a bdev of another module',
+      );
+    },
     counters: () => ({
       reactor: host.reactor.stats,
       bdevs: new Map(registry.names().map((name) => [name, host.share(registry.stats(name)!.values)])),

@@ -297,6 +297,11 @@ export class Engine implements IoOwner {
     return (this.#compressed ??= new CompressedReader(this, clusterCacheBytes, codecThreads));
   }
 
+  /** Compressed clusters may be elsewhere now. */
+  forgetCompressed(): void {
+    this.#compressed?.forget();
+  }
+
   // ---- metadata ----
 
   *#makeTable(table: number): Task<void> {

@@ -10,6 +10,9 @@ import { Allocator } from './allocator.js';
 import { Opened, openBacking, openData, pathOf } from './chain.js';
 import { ChannelFile, TaskIo } from './channel-file.js';
 import { Committer } from './commit.js';
+import { resizeImage } from './edit/resize.js';
+import type { ResizeOptions } from './edit/resize.js';
+import { applySnapshot, createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
 import { Engine } from './engine.js';
 import type { Layer } from './engine.js';
 import {
@@ -23,9 +26,11 @@ import {
   withSession,
 } from './format.js';
 import { unsupportedImage } from './image-error.js';
+import type { ImageFile } from './image-file.js';
 import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
 import { replay } from './replay.js';
 import { RestartLog } from './restart-log.js';
+import type { Snapshot } from './tables.js';
 import { completeTask, startTask } from './task.js';
 import type { Task } from './task.js';
 
@@ -91,6 +96,9 @@ class Qcow2Bdev implements Bdev {
   readonly #engine: Engine;
   readonly #opened = new Opened();
   readonly #file: ChannelFile;
+  #isEdited = false;
+  /** The bdev of an external data file. */
+  #data: Bdev | null = null;
   /** Changes of a session that was killed, which were carried out. */
   #replayed = 0;
   /** What made it take no more writes, or null. */
@@ -142,9 +150,7 @@ class Qcow2Bdev implements Bdev {
     };
     this.size = new BdevSize(this.blockSizeBytes, {
       sizeBytes: () => this.#image.sizeBytes,
-      resize: () => {
-        throw new BdevError('resize', 'newSize', `${this.name} cannot be resized while it is open`, 'stop the daemon');
-      },
+      resize: (sizeBytes) => void this.#complete(this.#edit((file) => resizeImage(file, sizeBytes, this.#dataFile()))),
     });
   }
 
@@ -168,6 +174,33 @@ class Qcow2Bdev implements Bdev {
 
   openChannel(_reactor: Reactor): IoChannel {
     return new Qcow2Channel(this.#engine);
+  }
+
+  async operate(operation: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
+    const name = String(params['snapshot'] ?? '');
+    switch (operation) {
+      case 'snapshots':
+        return this.#image.snapshots.map(describeSnapshot);
+      case 'createSnapshot': {
+        const nowMs = this.#reactor.clock.wallMs();
+        const seconds = Math.floor(nowMs / 1000);
+        const nanoseconds = Math.round((nowMs % 1000) * 1e6);
+        return describeSnapshot(await this.#run((file) => createSnapshot(file, { name, seconds, nanoseconds })));
+      }
+      case 'deleteSnapshot':
+        await this.#run((file) => deleteSnapshot(file, name));
+        return true;
+      case 'applySnapshot':
+        await this.#run((file) => this.#apply(file, name));
+        return true;
+      default:
+        throw new BdevError(
+          'no-such-operation',
+          'operation',
+          `a qcow2 bdev knows no ${operation}`,
+          'see docs/qcow2.md',
+        );
+    }
   }
 
   describe(): Record<string, unknown> {
@@ -234,6 +267,7 @@ class Qcow2Bdev implements Bdev {
       const { blockSizeBytes, blockCount, size } = data.bdev;
       const wanted = Math.ceil(header.sizeBytes / blockSizeBytes) * blockSizeBytes;
       if (!this.readOnly && blockCount * blockSizeBytes < wanted) size.resize(wanted);
+      this.#data = data.bdev;
     } else if (dataFile !== null) {
       throw new BdevError(
         'no-data-file',
@@ -242,7 +276,15 @@ class Qcow2Bdev implements Bdev {
         'leave it out',
       );
     }
-    const layers: Layer[] = [{ image, channel: data.channel, sizeBytes: header.sizeBytes }];
+    const layers: Layer[] = [
+      {
+        image,
+        channel: data.channel,
+        get sizeBytes() {
+          return image.sizeBytes;
+        },
+      },
+    ];
     if (backing !== null) {
       const sizeBytes = backing.blockCount * backing.blockSizeBytes;
       return [...layers, { image: null, channel: this.#openChannel(context, backing), sizeBytes }];
@@ -254,6 +296,86 @@ class Qcow2Bdev implements Bdev {
     const request = new TaskIo({ submit: (io) => this.#engine.committer!.flush(io), close: () => undefined }, this);
     request.io.prepare(IoType.flush, 0, 0, 0);
     yield* request.run();
+  }
+
+  *#apply(file: ImageFile, name: string): Task<void> {
+    const snapshot = findSnapshot(this.#image.snapshots, name);
+    if (snapshot.sizeBytes < this.#image.sizeBytes) {
+      throw new BdevError(
+        'shrinks',
+        'snapshot',
+        `the disk had ${snapshot.sizeBytes} bytes then, and a disk in use does not shrink`,
+        'stop the daemon and use `strata img snapshot -a`',
+      );
+    }
+    yield* applySnapshot(file, name);
+  }
+
+  /** What a resize has to know beside the image itself. */
+  #dataFile(): ResizeOptions {
+    const bdev = this.#data;
+    return bdev === null ? {} : { dataFile: new ChannelFile(bdev, this.#engine.dataChannel, this.#reactor) };
+  }
+
+  async #run<T>(work: (file: ImageFile) => Task<T>): Promise<T> {
+    const result = await new Promise<T>((resolve, reject) => {
+      const end = (settle: () => void) => () => {
+        // What waits for the promise is run by the event loop.
+        this.#reactor.endSlice();
+        settle();
+      };
+      startTask(
+        this.#edit(work),
+        (value) => end(() => resolve(value))(),
+        (error) => end(() => reject(error as Error))(),
+      );
+    });
+    this.size.rescan();
+    return result;
+  }
+
+  /**
+   * Changes the image's metadata while the disk stands still: requests wait meanwhile. Throws BdevError, and then the image is as it
+   * was or as it was to be.
+   */
+  *#edit<T>(work: (file: ImageFile) => Task<T>): Task<T> {
+    const engine = this.#engine;
+    if (engine.isReadOnly) {
+      throw new BdevError('read-only', 'name', `${this.name} is not written to`, this.#damage ?? 'open it for writing');
+    }
+    if (this.#isEdited)
+      throw new BdevError('busy', 'name', `${this.name} is being changed already`, 'try again when that is over');
+    this.#isEdited = true;
+    yield* engine.freeze();
+    try {
+      yield* engine.settleAll(() => this.#flush());
+      try {
+        return yield* work(this.#file);
+      } finally {
+        yield* this.#reload();
+      }
+    } finally {
+      this.#isEdited = false;
+      engine.thaw();
+    }
+  }
+
+  /** Takes up what the image is by now. */
+  *#reload(): Task<void> {
+    const engine = this.#engine;
+    const image = this.#image;
+    try {
+      image.header = yield* readHeader(this.#file);
+      image.l2.clear();
+      yield* image.load();
+      engine.allocator!.reset(yield* loadRefcountTable(image));
+      engine.forgetCompressed();
+      // An edit ends the session of whoever wrote before it.
+      if (engine.log !== null) yield* this.#writeAutoclear(withSession(image.header.autoclear, engine.log.session));
+    } catch (error) {
+      if (error instanceof BdevError) engine.damaged(error.field, error.message);
+      throw error;
+    }
   }
 
   #complete<T>(task: Task<T>): T {
@@ -385,6 +507,17 @@ class Qcow2Bdev implements Bdev {
       () => undefined,
     );
   }
+}
+
+function describeSnapshot({
+  id,
+  name,
+  seconds,
+  nanoseconds,
+  sizeBytes,
+  vmStateBytes,
+}: Snapshot): Record<string, unknown> {
+  return { id, name, date: new Date(seconds * 1000 + nanoseconds / 1e6).toISOString(), sizeBytes, vmStateBytes };
 }
 
 export const qcow2Module: BdevModule<Qcow2Config> = {

@@ -300,6 +300,11 @@ export class RequestJob extends Sleeper {
       this.#writeZeroes(reachesEnd ? this.#end : this.#end - (this.#end % unitBytes));
       return;
     }
+    if (isDiscard && geometry.version < 3 && engine.layers.length > 1) {
+      // No entry would hide what lies below: data would come back that was overwritten long ago.
+      this.#position = this.#end;
+      return;
+    }
     const table = top.tableOf(this.#position);
     if (top.l1[table] === 0 && !engine.isBacked(this.#position)) {
       // Nothing there, and nothing below: zeroes.
@@ -307,10 +312,7 @@ export class RequestJob extends Sleeper {
       return;
     }
     if (geometry.version < 3 && engine.isBacked(this.#position)) {
-      // There is no entry that would hide what lies below.
-      const end = Math.min(this.#end, unitEnd);
-      if (isDiscard) this.#position = end;
-      else this.#writeZeroes(end);
+      this.#writeZeroes(Math.min(this.#end, unitEnd));
       return;
     }
     if (this.#isTableMissing()) return;

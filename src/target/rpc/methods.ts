@@ -61,6 +61,35 @@ export const METHODS: readonly RpcMethod[] = [
     params: z.strictObject({ name, new_size: z.int().min(1) }),
     call: (daemon, params) => resize(daemon, params.name, 'null', params.new_size * MIB),
   }),
+  ...(
+    [
+      ['bdev_qcow2_snapshot_create', 'createSnapshot', 'keeps what a qcow2 disk holds now, under the name `snapshot`'],
+      [
+        'bdev_qcow2_snapshot_delete',
+        'deleteSnapshot',
+        'gives up the snapshot `snapshot` (its id or name) of a qcow2 disk',
+      ],
+      [
+        'bdev_qcow2_snapshot_apply',
+        'applySnapshot',
+        'puts a qcow2 disk back to `snapshot`: its guest must not be using it',
+      ],
+    ] as const
+  ).map(([methodName, operation, summary]) =>
+    method({
+      name: methodName,
+      summary,
+      params: z.strictObject({ name, snapshot: z.string().min(1) }),
+      call: (daemon, { name: bdev, snapshot }) =>
+        daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, operation, { snapshot }),
+    }),
+  ),
+  method({
+    name: 'bdev_qcow2_snapshot_list',
+    summary: 'the snapshots within a qcow2 disk',
+    params: z.strictObject({ name }),
+    call: (daemon, params) => daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'snapshots', {}),
+  }),
   method({
     name: 'vhost_get_controllers',
     summary: 'all controllers, or the one called `name`',
