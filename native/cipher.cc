@@ -12,7 +12,7 @@ namespace {
 constexpr uint32_t kCiphersMax = 65536;
 constexpr size_t kVectorBytes = 16;
 
-// Handles are indices. Threads look ciphers up while others are opened: pages of the table never move.
+// Handles are indices. Threads look ciphers up while others are opened, without a lock.
 std::atomic<Cipher*> ciphers[kCiphersMax];
 std::mutex control;
 
