@@ -21,6 +21,7 @@ import {
   encodeHeader,
   firstClusterBytes,
   unknownAutoclear,
+  withSession,
 } from './format.js';
 import type { Qcow2Header } from './format.js';
 import type { ImageFile } from './image-file.js';
@@ -131,11 +132,12 @@ function findOverlaps(image: ImageReferences): void {
 
 /** Before the first write: bits of features that we do not keep go, and a bitmap directory that somebody else left behind. */
 function* prepareHeader(file: ImageFile, header: Qcow2Header): Task<void> {
-  const unknown = unknownAutoclear(header);
+  // What a session wrote down elsewhere holds no longer, either.
+  const autoclear = withSession(header.autoclear & ~unknownAutoclear(header), 0);
   const isStale = header.bitmaps !== null && (header.autoclear & Autoclear.bitmaps) === 0n;
-  if (unknown === 0n && !isStale) return;
+  if (autoclear === header.autoclear && !isStale) return;
   const bitmaps = isStale ? null : header.bitmaps;
-  yield* file.write(0, encodeHeader({ ...header, bitmaps, autoclear: header.autoclear & ~unknown }));
+  yield* file.write(0, encodeHeader({ ...header, bitmaps, autoclear }));
   yield* file.sync();
 }
 

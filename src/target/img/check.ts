@@ -12,6 +12,7 @@ export interface CheckCommand {
   readonly repair?: string;
   readonly progress?: boolean;
   readonly forceShare?: boolean;
+  readonly discardSession?: boolean;
 }
 
 /** The format has nothing that could be checked. */
@@ -24,6 +25,7 @@ export function checkCommand(path: string, command: CheckCommand): number {
   const image = openImage(path, command.format ?? null, {
     mode: repair === 'none' ? 'read' : 'write',
     forceShare: command.forceShare === true && repair === 'none',
+    discardSession: command.discardSession === true,
   });
   try {
     if (image.format !== 'qcow2') {

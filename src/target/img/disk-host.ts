@@ -7,6 +7,8 @@ import { availableParallelism } from 'node:os';
 import { Arena } from '../../../native/index.js';
 import { BdevError } from '../../bdev/bdev.js';
 import type { OpenBdev } from '../../bdev/bdev.js';
+import { BdevIo, IO_TYPE_NAMES, IoStatus, IoType } from '../../bdev/bdev-io.js';
+import type { IoOwner } from '../../bdev/bdev-io.js';
 import { modules } from '../../bdev/modules.js';
 import type { Qcow2Config } from '../../bdev/qcow2/qcow2.js';
 import { BdevRegistry } from '../../bdev/registry.js';
@@ -119,4 +121,61 @@ export function requestError(action: string, path: string, offset: number, errno
   const reason = errno === 28 ? 'no space is left' : `error ${errno === 0 ? '' : errno}`.trimEnd();
   const hint = errno === 28 ? 'make room' : 'check the image with `strata img check`, and the device';
   return new BdevError('io-error', 'filename', `${path}: ${action} at ${offset}: ${reason}`, hint);
+}
+
+const REQUEST_BYTES = 2 ** 20;
+
+/** One request at a time, with a buffer in the arena. */
+export class DiskRequest implements IoOwner {
+  readonly address: number;
+  readonly #host: DiskHost;
+  readonly #path: string;
+  readonly #io = new BdevIo();
+  #isDone = true;
+
+  /** @param path of the disk, for messages */
+  constructor(host: DiskHost, path: string) {
+    this.#host = host;
+    this.#path = path;
+    this.address = host.reactor.arena.allocate(REQUEST_BYTES);
+  }
+
+  /** At most `REQUEST_BYTES`, in whole sectors; what was read is in `bytes`. Throws BdevError. */
+  run(disk: OpenBdev, type: IoType, offset: number, lengthBytes: number): void {
+    const io = this.#io;
+    io.prepare(type, offset, lengthBytes, 0);
+    if (type === IoType.read || type === IoType.write) io.addSegment(this.address, lengthBytes);
+    io.push(this, 0);
+    this.#isDone = false;
+    disk.channel.submit(io);
+    this.#host.run(() => this.#isDone);
+    if (io.status !== IoStatus.success) throw requestError(IO_TYPE_NAMES[type], this.#path, offset, io.errno);
+  }
+
+  /** Any range of the disk. Throws BdevError. */
+  readBytes(disk: OpenBdev, offset: number, bytes: Uint8Array): void {
+    for (let done = 0; done < bytes.length;) {
+      const start = Math.floor((offset + done) / 512) * 512;
+      const skip = offset + done - start;
+      const length = Math.min(REQUEST_BYTES, Math.ceil((skip + bytes.length - done) / 512) * 512);
+      this.run(disk, IoType.read, start, length);
+      const piece = this.bytes(length).subarray(skip, skip + bytes.length - done);
+      bytes.set(piece, done);
+      done += piece.length;
+    }
+  }
+
+  /** The buffer. */
+  bytes(lengthBytes: number): Buffer {
+    const { buffer, byteOffset } = this.#host.reactor.arena.view8(this.address, lengthBytes);
+    return Buffer.from(buffer, byteOffset, lengthBytes);
+  }
+
+  onDone(): void {
+    this.#isDone = true;
+  }
+
+  release(): void {
+    this.#host.reactor.arena.release(this.address);
+  }
 }

@@ -3,13 +3,16 @@
  */
 import { Command, Option } from 'commander';
 import { BdevError } from '../../bdev/bdev.js';
+import { SystemClock } from '../../poller/clock.js';
 import type { CheckCommand } from './check.js';
 import type { CompareCommand } from './compare.js';
 import type { ConvertCommand, DdCommand } from './convert.js';
 import type { CreateCommand } from './create.js';
+import type { BitmapAction, BitmapCommand, ResizeCommand, SnapshotCommand } from './edit.js';
 import type { InfoCommand } from './info.js';
 import type { MapCommand } from './map.js';
 import type { MeasureCommand } from './measure.js';
+import type { CommitCommand, RebaseCommand } from './rebase.js';
 
 /** What a failed command exits with: 1, but for compare, where that says that two images differ. */
 const FAILED = 1;
@@ -23,6 +26,8 @@ const options = () =>
   new Option('-o, --options <options>', 'name=value,...; `-o help` lists them').argParser(collect).default([]);
 const forceShare = () => new Option('-U, --force-share', 'read also what another process writes to');
 const quiet = () => new Option('-q, --quiet', 'print nothing but errors');
+const discardSession = () =>
+  new Option('--discard-session', 'give up the last writes of a daemon that was killed while it served the image');
 const progress = () => new Option('-p, --progress', 'show how far it is');
 
 const program = new Command('strata img').description('Makes, checks and converts images, as qemu-img does.');
@@ -63,6 +68,7 @@ program
   .addOption(format())
   .addOption(output())
   .option('-r, --repair <what>', 'repair leaks, or all')
+  .addOption(discardSession())
   .addOption(progress())
   .addOption(forceShare())
   .action((path: string, command: CheckCommand) =>
@@ -139,6 +145,93 @@ program
   .addOption(forceShare())
   .action((operands: string[], command: DdCommand) =>
     run(async () => (await import('./convert.js')).ddCommand(operands, command)),
+  );
+
+program
+  .command('snapshot')
+  .description('list, take, bring back or delete the snapshots within an image')
+  .argument('<filename>')
+  .option('-l, --list', 'list them, as without an option')
+  .option('-c, --create <name>', 'keep what the disk holds now')
+  .option('-a, --apply <snapshot>', 'make the disk what it was, by id or name')
+  .option('-d, --delete <snapshot>', 'delete one, by id or name')
+  .addOption(format())
+  .addOption(output())
+  .addOption(quiet())
+  .addOption(forceShare())
+  .addOption(discardSession())
+  .action((path: string, command: SnapshotCommand) =>
+    run(async () => (await import('./edit.js')).snapshotCommand(path, command, new SystemClock().wallMs())),
+  );
+
+program
+  .command('resize')
+  .description('give a disk another size: 20G, +10G, -10G')
+  .argument('<filename>')
+  .argument('<size>')
+  .addOption(format())
+  .option('--shrink', 'what lies beyond the new end may be lost')
+  .option('--preallocation <mode>', 'of what is new: off, metadata, falloc, full')
+  .addOption(quiet())
+  .addOption(discardSession())
+  // Otherwise -10G would be taken for options.
+  .allowUnknownOption()
+  .action((path: string, size: string, command: ResizeCommand) =>
+    run(async () => (await import('./edit.js')).resizeCommand(path, size, command)),
+  );
+
+const bitmapActions: BitmapAction[] = [];
+const bitmap = program
+  .command('bitmap')
+  .description('change a bitmap of an image; actions are carried out in the order they are given')
+  .argument('<filename>')
+  .argument('<bitmap>')
+  .option('--add', 'add it, with nothing in it')
+  .option('--remove', 'remove it')
+  .option('--clear', 'forget what is in it')
+  .option('--enable', 'record writes in it')
+  .option('--disable', 'record no writes in it')
+  .option('--merge <source>', 'add what another bitmap has')
+  .option('-g, --granularity <size>', 'what one bit stands for, with --add')
+  .option('-b, --source-file <file>', 'image of the bitmap to merge')
+  .option('-F, --source-format <format>', 'format of that image')
+  .addOption(format())
+  .addOption(discardSession())
+  .action((path: string, name: string, command: BitmapCommand) =>
+    run(async () => (await import('./edit.js')).bitmapCommand(path, name, bitmapActions, command)),
+  );
+for (const what of ['add', 'remove', 'clear', 'enable', 'disable'] as const) {
+  bitmap.on(`option:${what}`, () => bitmapActions.push({ what }));
+}
+bitmap.on('option:merge', (source: string) => bitmapActions.push({ what: 'merge', source }));
+
+program
+  .command('rebase')
+  .description('give an image another backing file; its disk stays what it is')
+  .argument('<filename>')
+  .requiredOption('-b, --backing <file>', "the new one; '' for none")
+  .option('-F, --backing-format <format>', 'its format')
+  .option('-u, --unsafe', 'only change the name: both hold the same')
+  .addOption(format())
+  .addOption(progress())
+  .addOption(quiet())
+  .addOption(discardSession())
+  .action((path: string, command: RebaseCommand) =>
+    run(async () => (await import('./rebase.js')).rebaseCommand(path, command)),
+  );
+
+program
+  .command('commit')
+  .description('write what an image holds to its backing file, and empty it')
+  .argument('<filename>')
+  .option('-b, --base <file>', 'to this image of the chain; nothing is emptied')
+  .option('-d, --keep', 'do not empty it')
+  .addOption(format())
+  .addOption(progress())
+  .addOption(quiet())
+  .addOption(discardSession())
+  .action((path: string, command: CommitCommand) =>
+    run(async () => (await import('./rebase.js')).commitCommand(path, command)),
   );
 
 await program.parseAsync([process.argv[0]!, process.argv[1]!, ...process.argv.slice(3)]);

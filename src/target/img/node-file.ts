@@ -22,6 +22,8 @@ export interface NodeFileOptions {
   readonly mode: 'read' | 'write' | 'create';
   /** Leave locks of others alone, as `--force-share` asks; for reading only. */
   readonly forceShare?: boolean;
+  /** Write also to an image that a killed daemon has not finished; see `openImage`. */
+  readonly discardSession?: boolean;
 }
 
 export class NodeFile implements ImageFile {

@@ -6,6 +6,14 @@ import { usage } from './words.js';
 
 const CHAIN_MAX = 200;
 
+/** Opens what is behind an image, at least one, for reading. Throws BdevError; nothing stays open then. */
+export function openBacking({ file, header }: OpenImage): OpenImage[] {
+  const { backingFile = null, backingFormat = null } = header ?? {};
+  if (backingFile === null) throw usage('backing_file', `${file.path} has no backing file`, 'name another image');
+  if (backingFormat === null) throw noFormat(file.path);
+  return openChain(resolveName(file.path, backingFile), backingFormat, false);
+}
+
 /**
  * Opens an image and its backing files for reading.
  * @param format of the first one, or null to look at its first bytes. Throws BdevError; nothing stays open then.
@@ -26,10 +34,7 @@ export function openChain(path: string, format: string | null, forceShare: boole
       seen.add(real);
       const name: string | null = image.header?.backingFile ?? null;
       nextFormat = image.header?.backingFormat ?? null;
-      if (name !== null && nextFormat === null) {
-        const hint = 'say it with `rebase -u -F`: a guess could be what a guest has written';
-        throw usage('backing_fmt', `${next} does not say which format its backing file has`, hint);
-      }
+      if (name !== null && nextFormat === null) throw noFormat(next);
       next = name === null ? null : resolveName(next, name);
     }
     return chain;
@@ -37,6 +42,11 @@ export function openChain(path: string, format: string | null, forceShare: boole
     closeChain(chain);
     throw error;
   }
+}
+
+function noFormat(path: string): Error {
+  const hint = 'say it with `rebase -u -F`: a guess could be what a guest has written';
+  return usage('backing_fmt', `${path} does not say which format its backing file has`, hint);
 }
 
 export function closeChain(chain: readonly OpenImage[]): void {

@@ -4,7 +4,8 @@
  */
 import { dirname, isAbsolute, join } from 'node:path';
 import { readHeader } from '../../bdev/qcow2/check.js';
-import { Autoclear, isQcow2 } from '../../bdev/qcow2/format.js';
+import { BdevError } from '../../bdev/bdev.js';
+import { Autoclear, isQcow2, sessionOf } from '../../bdev/qcow2/format.js';
 import type { Qcow2Header } from '../../bdev/qcow2/format.js';
 import { SNAPSHOT_TABLE_BYTES_MAX, decodeBitmaps, decodeSnapshots } from '../../bdev/qcow2/tables.js';
 import type { Bitmap, Snapshot } from '../../bdev/qcow2/tables.js';
@@ -38,11 +39,26 @@ export function openImage(path: string, format: string | null, options: NodeFile
   try {
     const known = format === null ? guessFormat(file) : parseFormat(format);
     const header = known === 'qcow2' ? runTask(readHeader(file)) : null;
+    if (header !== null && sessionOf(header) !== 0) heedSession(path, options);
     const sizeBytes = header?.sizeBytes ?? Math.ceil(file.sizeBytes / 512) * 512;
     return { file, format: known, isGuessed: format === null, header, sizeBytes };
   } catch (error) {
     file.close();
     throw error;
+  }
+}
+
+/**
+ * The daemon was killed while it served the image, or it serves it now: part of what it answered is in its restart folder, and is
+ * carried out when it serves the image again, unless somebody else has written to it. Throws BdevError.
+ */
+function heedSession(path: string, { mode, discardSession = false }: NodeFileOptions): void {
+  const what = `${path} was in use by a daemon that did not end: the last writes may not be in it yet`;
+  const hint = 'let the daemon serve it once more';
+  if (mode === 'read') process.stderr.write(`strata img: warning: ${what}\n    -> ${hint}\n`);
+  else if (!discardSession) {
+    const field = 'header.autoclear_features';
+    throw new BdevError('in-session', field, what, `${hint}; or give those writes up with --discard-session`);
   }
 }
 
