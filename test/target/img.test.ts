@@ -52,6 +52,7 @@ qemu.run('create', '-q', '-f', 'qcow2', '-b', 'plain.qcow2', '-F', 'qcow2', 'sta
 qemu.io('stack.qcow2', 'write -P 3 1M 100k', 'write -z 2M 64k', 'write -P 7 63M 512');
 qemu.run('convert', '-O', 'raw', 'plain.qcow2', 'holes.raw');
 writeFileSync(qemu.path('odd.raw'), Buffer.alloc(700_001, 7));
+qemu.io('external.qcow2', 'write -P 3 1M 100k');
 const images = ['base.qcow2', 'top.qcow2', 'old.qcow2', 'new.qcow2', 'external.qcow2'];
 
 describe('strata img info', () => {
@@ -283,6 +284,8 @@ describe('strata img convert', () => {
     ['raw', '', 'stack.qcow2'],
     ['raw', '', 'top.qcow2'],
     ['raw', '', 'odd.raw'],
+    ['raw', '', 'external.qcow2'],
+    ['qcow2', 'data_file=made.raw', 'plain.qcow2'],
     ['qcow2', '', 'plain.qcow2'],
     ['qcow2', '', 'holes.raw'],
     ['qcow2', '', 'odd.raw'],

@@ -134,7 +134,7 @@ function copyImage(chain: readonly OpenImage[], targetPath: string, format: Form
   const { range, isTargetZero, hasBacking, progress } = options;
   if (range.lengthBytes === 0) return;
   const unitBytes = clusterBytesAt(targetPath, format);
-  const behind = hasBacking ? openChain(targetPath, format, false) : [];
+  const behind = openChain(targetPath, format, false);
   const [own] = behind.splice(0, 1);
   own?.file.close();
   const host = new DiskHost();

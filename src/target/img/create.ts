@@ -35,7 +35,10 @@ export function createCommand(path: string | undefined, size: string | undefined
   if (backingFile !== null && backingFormat === null) {
     throw usage('backing_fmt', 'Backing file specified without backing format', 'name it with -F: raw or qcow2');
   }
-  refuseOverwriting(path, [backingFile === null ? null : localName(path, backingFile), given.dataFile]);
+  refuseOverwriting(path, [
+    backingFile === null ? null : localName(path, backingFile),
+    given.dataFile === null ? null : localName(path, given.dataFile),
+  ]);
   const asked = size === undefined ? given.sizeBytes : roundUp(parseImageSize(size));
   const backingSize =
     backingFile === null || command.unsafe === true ? null : sizeOfBacking(path, backingFile, backingFormat);
@@ -55,8 +58,7 @@ export function makeImage(path: string, format: Format, options: CreateOptions):
     return;
   }
   const data = options.dataFile;
-  // The data file is named from where we are, as QEMU opens it.
-  if (data !== null) makeRaw(data, options.sizeBytes, options.preallocation);
+  if (data !== null) makeRaw(resolveName(path, data), options.sizeBytes, options.preallocation);
   const file = new NodeFile(path, { mode: 'create' });
   try {
     runTask(createImage(file, options));

@@ -9,7 +9,11 @@ import { BdevError } from '../../bdev/bdev.js';
 import type { OpenBdev } from '../../bdev/bdev.js';
 import { BdevIo, IO_TYPE_NAMES, IoStatus, IoType } from '../../bdev/bdev-io.js';
 import type { IoOwner } from '../../bdev/bdev-io.js';
+import type { MallocConfig } from '../../bdev/malloc/malloc.js';
 import { modules } from '../../bdev/modules.js';
+import { readHeader } from '../../bdev/qcow2/check.js';
+import { hasExternalData } from '../../bdev/qcow2/format.js';
+import type { Qcow2Header } from '../../bdev/qcow2/format.js';
 import type { Qcow2Config } from '../../bdev/qcow2/qcow2.js';
 import { BdevRegistry } from '../../bdev/registry.js';
 import type { UringConfig } from '../../bdev/uring/uring.js';
@@ -17,6 +21,8 @@ import { SeededRandom, SystemClock } from '../../poller/clock.js';
 import { Reactor } from '../../poller/reactor.js';
 import { Uring } from '../../poller/uring.js';
 import type { Format } from './image-options.js';
+import { NodeFile, runTask } from './node-file.js';
+import { resolveName } from './open-image.js';
 import type { OpenImage } from './open-image.js';
 
 const WAIT_US = 20_000;
@@ -74,14 +80,34 @@ export class DiskHost {
     return disk;
   }
 
-  #create(
-    path: string,
-    format: Format,
-    { readOnly, lock, backing }: { readOnly: boolean; lock: boolean; backing: string | null },
-  ): string {
-    const file = `file${this.#count}`;
+  #create(path: string, format: Format, options: DiskOptions): string {
+    const file = this.#createFile(path, options);
+    if (format === 'raw') return file;
+    const header = headerOf(path);
+    const qcow2: Qcow2Config = {
+      name: `image${this.#count++}`,
+      module: 'qcow2',
+      base: file,
+      // What the image names is opened only as part of a chain that is: otherwise nothing is behind it.
+      backing: options.backing ?? (header.backingFile === null ? null : this.#createBlank()),
+      dataFile:
+        hasExternalData(header) && header.dataFile !== null
+          ? this.#createFile(resolveName(path, header.dataFile), options)
+          : null,
+      imageDir: null,
+      readOnly: options.readOnly,
+      l2CacheBytes: L2_CACHE_BYTES,
+      clusterCacheBytes: CLUSTER_CACHE_BYTES,
+      codecThreads: availableParallelism(),
+      restartDir: null,
+    };
+    this.registry.create(qcow2);
+    return qcow2.name;
+  }
+
+  #createFile(path: string, { readOnly, lock }: DiskOptions): string {
     const uring: UringConfig = {
-      name: file,
+      name: `file${this.#count++}`,
       module: 'uring',
       path,
       readOnly,
@@ -93,26 +119,36 @@ export class DiskHost {
       fixedBuffers: false,
     };
     this.registry.create(uring);
-    if (format === 'raw') {
-      this.#count++;
-      return file;
-    }
-    const name = `image${this.#count++}`;
-    const qcow2: Qcow2Config = {
-      name,
-      module: 'qcow2',
-      base: file,
-      backing,
-      dataFile: null,
-      imageDir: null,
-      readOnly,
-      l2CacheBytes: L2_CACHE_BYTES,
-      clusterCacheBytes: CLUSTER_CACHE_BYTES,
-      codecThreads: availableParallelism(),
-      restartDir: null,
+    return uring.name;
+  }
+
+  /** A disk that ends where it begins, almost: behind its end there are zeroes. */
+  #createBlank(): string {
+    const blank: MallocConfig = {
+      name: `blank${this.#count++}`,
+      module: 'malloc',
+      sizeBytes: 512,
+      blockSizeBytes: 512,
     };
-    this.registry.create(qcow2);
-    return name;
+    this.registry.create(blank);
+    return blank.name;
+  }
+}
+
+interface DiskOptions {
+  readonly readOnly: boolean;
+  readonly lock: boolean;
+  /** Name of the disk behind an image, or null. */
+  readonly backing: string | null;
+}
+
+/** The header of an image, of which another part of the tool holds the lock. Throws BdevError. */
+function headerOf(path: string): Qcow2Header {
+  const file = new NodeFile(path, { mode: 'read', forceShare: true });
+  try {
+    return runTask(readHeader(file));
+  } finally {
+    file.close();
   }
 }
 

@@ -20,7 +20,7 @@ import { parsePreallocation, roundUp } from './image-options.js';
 import { snapshotInfos, snapshotText } from './info.js';
 import { NodeFile, runTask } from './node-file.js';
 import { closeChain, openBacking } from './open-chain.js';
-import { openImage, readSnapshots } from './open-image.js';
+import { openImage, readSnapshots, resolveName } from './open-image.js';
 import type { OpenImage } from './open-image.js';
 import { parseImageSize, print, printJson, usage } from './words.js';
 
@@ -112,7 +112,9 @@ function resizeQcow2(
 ): void {
   const { file } = image;
   const dataFile =
-    hasExternalData(header) && header.dataFile !== null ? new NodeFile(header.dataFile, { mode: 'write' }) : null;
+    hasExternalData(header) && header.dataFile !== null
+      ? new NodeFile(resolveName(file.path, header.dataFile), { mode: 'write' })
+      : null;
   try {
     withBackingContent(image, header, (backing) => {
       runTask(resizeImage(file, sizeBytes, { ...options, backing, dataFile }));
