@@ -11,7 +11,7 @@ import { copyFileSync, mkdtempSync, readFileSync, rmSync, writeFileSync } from '
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { GCProfiler } from 'node:v8';
-import { afterAll, afterEach, beforeEach, describe, expect, it } from 'vitest';
+import { afterAll, afterEach, beforeEach, describe, expect, it, vi } from 'vitest';
 import { BdevError } from '../../../src/bdev/bdev.js';
 import { CodecJob, CodecOperation, CodecStatus, InlineCodec } from '../../../src/bdev/qcow2/codec/codec-job.js';
 import type { CodecOwner, CodecPool } from '../../../src/bdev/qcow2/codec/codec-job.js';
@@ -47,6 +47,8 @@ import { seededRandom } from '../../support/seed.js';
 import { SimClock } from '../../support/sim-clock.js';
 import { mixedData } from './compressed-image.js';
 
+// QEMU measures how fast the machine is by keeping it busy, which others may do, too.
+vi.setConfig({ testTimeout: 120_000 });
 // A sanitizer's runtime, where the tests are run with one, is for this process and not for qemu-img.
 delete process.env['LD_PRELOAD'];
 
