@@ -86,7 +86,7 @@ export async function callReactor<M extends keyof Calls>(
   method: M,
   params: Calls[M]['params'],
 ): Promise<Calls[M]['result']> {
-  return (await reactor.call(method, params)) as Calls[M]['result'];
+  return await reactor.call(method, params);
 }
 
 /** The handlers a reactor must have. */

@@ -79,6 +79,12 @@ describe('a request allocates nothing', () => {
     expect(leastBytesPerRequest(stack)).toBeLessThan(BYTES_PER_REQUEST_MAX);
   });
 
+  it('in qcow2, where the disk is mapped', () => {
+    const image = make.qcow2('preallocation=metadata');
+    expect(leastBytesPerRequest(image)).toBeLessThan(BYTES_PER_REQUEST_MAX);
+    image.release();
+  });
+
   it('and one that does is noticed', () => {
     const rig = new Rig('allocation');
     const kept: object[] = [];

@@ -47,6 +47,8 @@ export interface ChainOptions {
   /** Beneath it files may be opened; null: none may. */
   readonly imageDir: string | null;
   readonly l2CacheBytes: number;
+  /** Files of the chain so far. */
+  readonly seen: Set<string>;
 }
 
 /** The bdev that holds an image's data, open. */
@@ -63,10 +65,12 @@ interface NamedFile {
 
 /** The images below one, as it and they name them. Throws BdevError. */
 export function* openBacking(options: ChainOptions, base: Bdev, top: Qcow2Header): Task<Layer[]> {
-  const { context, opened } = options;
+  const { context, opened, seen } = options;
   const layers: Layer[] = [];
-  const seen = new Set([identityOf(pathOf(base))]);
   let above = { header: top, path: pathOf(base) };
+  const fd = check(native.fileOpen(above.path, O_RDONLY, 0), `open ${above.path}`);
+  seen.add(identityOf(fd));
+  native.fileClose(fd);
   while (above.header.backingFile !== null) {
     if (layers.length === CHAIN_MAX)
       throw badImage('header.backing_file', `has more than ${CHAIN_MAX} images behind it`);
@@ -79,10 +83,6 @@ export function* openBacking(options: ChainOptions, base: Bdev, top: Qcow2Header
       );
     }
     const file = openNamed(options, base, above.path, above.header.backingFile, `${layers.length + 1}`, true);
-    const identity = identityOf(file.path);
-    if (seen.has(identity))
-      throw badImage('header.backing_file', `goes in a circle: ${file.path} is in the chain already`);
-    seen.add(identity);
     const channel = context.open(file.bdev);
     opened.channels.push(channel);
     if (format === 'raw') {
@@ -136,7 +136,7 @@ export function pathOf(bdev: Bdev): string {
 }
 
 function openNamed(
-  { context, opened, name: owner, imageDir }: ChainOptions,
+  { context, opened, name: owner, imageDir, seen }: ChainOptions,
   base: Bdev,
   imagePath: string,
   name: string,
@@ -169,6 +169,9 @@ function openNamed(
   }
   try {
     const path = readlinkSync(`/proc/self/fd/${fd}`);
+    const identity = identityOf(fd);
+    if (seen.has(identity)) throw badImage('header.backing_file', `goes in a circle: ${path} is in the chain already`);
+    seen.add(identity);
     const config: FileConfig = {
       ...FILE_DEFAULTS,
       name: `${owner}/${suffix}`,
@@ -211,9 +214,8 @@ function realOf(folder: string): string {
   }
 }
 
-function identityOf(path: string): string {
-  const fd = check(native.fileOpen(path, O_RDONLY, 0), `open ${path}`);
-  const { inode, deviceMajor, deviceMinor } = checkObject(native.fileStat(fd), `stat ${path}`);
-  native.fileClose(fd);
+/** Of an open file, whatever it is called. */
+function identityOf(fd: number): string {
+  const { inode, deviceMajor, deviceMinor } = checkObject(native.fileStat(fd), 'stat a file of the chain');
   return `${deviceMajor}:${deviceMinor}:${inode}`;
 }

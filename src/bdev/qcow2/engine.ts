@@ -18,6 +18,7 @@ import { IoQueue, IoStatus, IoType, statusOfErrno } from '../bdev-io.js';
 import type { BdevIo, IoOwner } from '../bdev-io.js';
 import type { Allocator } from './allocator.js';
 import { BufferPool } from './buffer-pool.js';
+import { ChainMap } from './chain-map.js';
 import { Change } from './change.js';
 import type { Committer } from './commit.js';
 import { CompressedReader } from './compressed-reader.js';
@@ -89,6 +90,8 @@ export class Engine implements IoOwner {
   committer: Committer | null = null;
   log: RestartLog | null = null;
   isReadOnly = true;
+  /** What is known of the chain below; null where it is short. */
+  readonly chain: ChainMap | null;
   /** Made when the first compressed cluster is met: few images have any. */
   #compressed: CompressedReader | null = null;
   readonly #options: EngineOptions;
@@ -122,6 +125,7 @@ export class Engine implements IoOwner {
     this.dataChannel = layers[0]!.channel;
     this.#backedBytes = layers.length > 1 ? layers[1]!.sizeBytes : 0;
     this.#onDamage = onDamage;
+    this.chain = layers.length > 2 ? new ChainMap(this.top.sizeBytes, this.top.geometry.clusterBytes) : null;
     const bufferBytes = 2 * this.top.geometry.clusterBytes;
     this.buffers = new BufferPool(reactor.arena, bufferBytes, Math.max(4, Math.floor(COPY_BYTES_MAX / bufferBytes)));
     for (const { image } of layers) {
@@ -236,6 +240,32 @@ export class Engine implements IoOwner {
       if (found === null || change.firstCluster < found.firstCluster) found = change;
     }
     return found;
+  }
+
+  /**
+   * First layer below the top that may have something of the piece of the disk that is looked up. Finds out more of it, as far as that
+   * takes no reading, and cuts what is asked for to the piece.
+   */
+  skipLayers(position: number): number {
+    const chain = this.chain!;
+    const { layers, extent } = this;
+    const piece = chain.pieceOf(position);
+    const end = chain.startOf(piece + 1);
+    if (position + extent.wantedBytes > end) extent.wantedBytes = end - position;
+    const known = chain.layerOf(piece);
+    let layer = known;
+    const looked = this.#zeroExtent;
+    while (layer < layers.length) {
+      const { image, sizeBytes } = layers[layer]!;
+      looked.offsetBytes = chain.startOf(piece);
+      looked.wantedBytes = end - looked.offsetBytes;
+      // What reaches beyond a layer is zeroes there, whatever lies below it.
+      if (image === null || end > sizeBytes || !image.find(looked)) break;
+      if (looked.kind !== Mapped.unallocated || looked.lengthBytes < looked.wantedBytes) break;
+      layer++;
+    }
+    if (layer > known) chain.note(piece, layer);
+    return layer;
   }
 
   /** Whether something lies below this byte. */

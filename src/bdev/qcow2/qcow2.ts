@@ -9,6 +9,7 @@ import { wholeRequests } from '../filter-bdev.js';
 import { Allocator } from './allocator.js';
 import { Opened, openBacking, openData, pathOf } from './chain.js';
 import { ChannelFile, TaskIo } from './channel-file.js';
+import { checkImage } from './check.js';
 import { Committer } from './commit.js';
 import { resizeImage } from './edit/resize.js';
 import type { ResizeOptions } from './edit/resize.js';
@@ -97,6 +98,8 @@ class Qcow2Bdev implements Bdev {
   readonly #opened = new Opened();
   readonly #file: ChannelFile;
   #isEdited = false;
+  /** Findings that were put right as it was opened. */
+  #repaired = 0;
   /** The bdev of an external data file. */
   #data: Bdev | null = null;
   /** Changes of a session that was killed, which were carried out. */
@@ -127,6 +130,7 @@ class Qcow2Bdev implements Bdev {
       this.#opened.images.push(image);
       this.#image = image;
       this.#checkUsable();
+      if (!this.readOnly && (header.incompatible & Incompatible.dirty) !== 0n) this.#complete(this.#repair());
       this.#complete(this.#prepareFile());
       this.#complete(image.load());
       this.#engine = new Engine({
@@ -177,7 +181,7 @@ class Qcow2Bdev implements Bdev {
   }
 
   async operate(operation: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
-    const name = String(params['snapshot'] ?? '');
+    const name = typeof params['snapshot'] === 'string' ? params['snapshot'] : '';
     switch (operation) {
       case 'snapshots':
         return this.#image.snapshots.map(describeSnapshot);
@@ -216,6 +220,7 @@ class Qcow2Bdev implements Bdev {
       l2CacheBytes: l2.slotCount * l2.sliceBytes,
       l2CacheCoversBytes: l2.slotCount * geometry.sliceCoverageBytes,
       replayed: this.#replayed,
+      repaired: this.#repaired,
       damage: this.#damage,
     };
   }
@@ -257,7 +262,7 @@ class Qcow2Bdev implements Bdev {
     const { name, imageDir, l2CacheBytes } = this.#config;
     const image = this.#image;
     const { header } = image;
-    const options = { context, opened: this.#opened, name, imageDir, l2CacheBytes };
+    const options = { context, opened: this.#opened, name, imageDir, l2CacheBytes, seen: new Set<string>() };
     let data = { bdev: base, channel };
     if (hasExternalData(header)) {
       data =
@@ -319,15 +324,18 @@ class Qcow2Bdev implements Bdev {
 
   async #run<T>(work: (file: ImageFile) => Task<T>): Promise<T> {
     const result = await new Promise<T>((resolve, reject) => {
-      const end = (settle: () => void) => () => {
-        // What waits for the promise is run by the event loop.
-        this.#reactor.endSlice();
-        settle();
-      };
+      // What waits for the promise is run by the event loop.
+      const end = (): void => this.#reactor.endSlice();
       startTask(
         this.#edit(work),
-        (value) => end(() => resolve(value))(),
-        (error) => end(() => reject(error as Error))(),
+        (value) => {
+          end();
+          resolve(value);
+        },
+        (error) => {
+          end();
+          reject(error instanceof Error ? error : new Error(String(error)));
+        },
       );
     });
     this.size.rescan();
@@ -403,9 +411,15 @@ class Qcow2Bdev implements Bdev {
     if ((header.incompatible & Incompatible.corrupt) !== 0n) {
       throw unsupportedImage('header.incompatible_features', 'says that it is corrupt', REPAIR);
     }
-    if ((header.incompatible & Incompatible.dirty) !== 0n) {
-      throw unsupportedImage('header.incompatible_features', 'says that it is dirty', REPAIR);
-    }
+  }
+
+  /** Refcounts were left behind by a program that was ended: they are made anew. Throws BdevError. */
+  *#repair(): Task<void> {
+    const report = yield* checkImage(this.#file, { repair: 'all' });
+    this.#image.header = yield* readHeader(this.#file);
+    this.#repaired = report.corruptionsFixed + report.leaksFixed;
+    if ((this.#image.header.incompatible & Incompatible.dirty) === 0n) return;
+    throw unsupportedImage('header.incompatible_features', 'says that it is dirty, and it cannot be repaired', REPAIR);
   }
 
   /** Whole clusters, and no claim about the image that is not kept. */

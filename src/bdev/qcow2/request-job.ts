@@ -152,6 +152,7 @@ export class RequestJob extends Sleeper {
       }
       extent.wantedBytes = lengthBytes;
       if (kind === Mapped.zero) break;
+      if (i === 0 && engine.chain !== null) i = engine.skipLayers(this.#position) - 1;
     }
     this.#cursor.fillZeroes(engine.reactor.arena, extent.wantedBytes, engine.copyEntries);
     this.#position += extent.wantedBytes;
