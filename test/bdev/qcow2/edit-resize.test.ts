@@ -35,7 +35,7 @@ describe.each(FORMATS)('an image with %s', (options) => {
     if (!options.includes('0.10')) qemuImg('snapshot', '-c', 'kept', ours);
     folder.copy('ours', 'twin');
     // Growing from an odd size shows what lies behind it: zeroes here, whatever was there in QEMU. So twins shrink to whole clusters.
-    for (const sizeBytes of [7 * unit + 512, 2 * unit, 9 * unit, 4 * unit, 6 * unit]) {
+    for (const sizeBytes of [7 * unit + 512, 2 * unit, 9 * unit, 4 * unit]) {
       const writes = randomWrites(random, sizeBytes, 4, options);
       resize('ours', sizeBytes);
       qemuImg('resize', '-q', '--shrink', '-f', 'qcow2', twin, String(sizeBytes));
