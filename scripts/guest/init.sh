@@ -14,9 +14,21 @@ mount -t tmpfs tmpfs /tmp
 mkdir -p /dev/shm /run
 mount -t tmpfs tmpfs /dev/shm
 
-while read -r module; do
+[ -e /.root-disk ] || while read -r module; do
   insmod "/modules/$module.ko" || echo "init: insmod $module failed"
 done </modules/order
+
+# A guest that is to run from its first disk goes over to the file system there, which has this very script.
+if grep -q strata.root /proc/cmdline && [ ! -e /.root-disk ]; then
+  attempt=0
+  while [ ! -b /dev/vda ] && [ $attempt -lt 300 ]; do
+    attempt=$((attempt + 1))
+    usleep 100000
+  done
+  mount -t ext4 /dev/vda /mnt || poweroff -f
+  umount /dev/shm /tmp /dev /sys /proc
+  exec switch_root /mnt /init
+fi
 
 port=
 attempt=0

@@ -5,6 +5,7 @@
  * is at fault itself. The few assertions that do not hold there ask `isStrata`.
  */
 import { closeSync, existsSync, ftruncateSync, openSync, statSync, writeFileSync } from 'node:fs';
+import { dirname } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { callRpc } from '../../src/target/rpc/rpc-client.js';
 import { Child, waitUntil, type ChildExit } from './child.js';
@@ -25,6 +26,8 @@ export interface DiskOptions {
   readonly lockWhileRunning?: boolean;
   /** Makes a control socket, named `<socketPath>.rpc`. Strata only. */
   readonly rpc?: boolean;
+  /** The file is a qcow2 image, and what it names lies beside it. Strata only. */
+  readonly isQcow2?: boolean;
   /** Time for which the answer of each write is held back. Strata only. */
   readonly writeDelayUs?: number;
 }
@@ -59,7 +62,7 @@ export async function startDisk(options: DiskOptions): Promise<Disk> {
 
 function startStrata(options: DiskOptions, socketPath: string): Child {
   if (!existsSync(PROGRAM)) throw new Error(`${PROGRAM} is missing. Build it with:\n  npm run build`);
-  if (options.writeDelayUs !== undefined) return startSlowStrata(options, socketPath, options.writeDelayUs);
+  if (options.writeDelayUs !== undefined || options.isQcow2 === true) return startStack(options, socketPath);
   return new Child(process.execPath, [
     PROGRAM,
     `--socket-path=${socketPath}`,
@@ -73,15 +76,21 @@ function startStrata(options: DiskOptions, socketPath: string): Child {
   ]);
 }
 
-/** The one-disk program has no filters, so this disk is configured. */
-function startSlowStrata({ path, numQueues = 1 }: DiskOptions, socketPath: string, writeDelayUs: number): Child {
+/** The one-disk program serves plain files, so this disk is configured. */
+function startStack(
+  { path, numQueues = 1, writeDelayUs, isQcow2 = false, rpc = false }: DiskOptions,
+  socketPath: string,
+): Child {
+  const bdevs: Record<string, unknown>[] = [{ name: 'file', module: 'uring', path }];
+  const add = (name: string, options: object): void =>
+    void bdevs.push({ name, base: bdevs.at(-1)!['name'], ...options });
+  if (isQcow2) add('image', { module: 'qcow2', image_dir: dirname(path) });
+  if (writeDelayUs !== undefined) add('delayed', { module: 'delay', write_us: writeDelayUs });
   const config = {
-    bdevs: [
-      { name: 'file', module: 'uring', path },
-      { name: 'disk', module: 'delay', base: 'file', write_us: writeDelayUs },
-    ],
-    controllers: [{ name: 'disk', bdev: 'disk', socket: socketPath, queues: numQueues }],
+    bdevs,
+    controllers: [{ name: 'disk', bdev: bdevs.at(-1)!['name'], socket: socketPath, queues: numQueues }],
     metrics: { listen: 'off' },
+    ...(rpc ? { rpc: { socket: `${socketPath}.rpc` } } : {}),
   };
   // YAML holds JSON.
   writeFileSync(`${path}.yaml`, JSON.stringify(config));

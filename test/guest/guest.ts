@@ -43,6 +43,8 @@ export interface GuestOptions {
    * run before `resume`.
    */
   readonly incomingPath?: string;
+  /** Its root file system is that of the first disk, see `makeRootDisk`. */
+  readonly rootOnDisk?: boolean;
 }
 
 /** Of `query-migrate`. */
@@ -73,7 +75,8 @@ export async function bootGuest(options: GuestOptions): Promise<Guest> {
   const directory = mkdtempSync(join(tmpdir(), 'strata-guest-'));
   const agentPath = join(directory, 'agent');
   const agent = await Agent.listen(agentPath);
-  const { memoryMib = 768, smp = 2, maxMemoryMib, incomingPath } = options;
+  const { memoryMib = 768, smp = 2, maxMemoryMib, incomingPath, rootOnDisk = false } = options;
+  const root = rootOnDisk ? ' strata.root' : '';
   const qmpPath = join(directory, 'qmp');
   const slots = maxMemoryMib === undefined ? '' : `,slots=4,maxmem=${maxMemoryMib}M`;
   const qemu = new Child('qemu-system-x86_64', [
@@ -82,7 +85,7 @@ export async function bootGuest(options: GuestOptions): Promise<Guest> {
     ...['-machine', 'q35,memory-backend=memory,usb=off'],
     ...['-nodefaults', '-no-user-config', '-display', 'none', '-no-reboot'],
     ...['-kernel', kernelPath, '-initrd', initramfsPath],
-    ...['-append', 'console=ttyS0 quiet loglevel=4 panic=-1 random.trust_cpu=on nowatchdog'],
+    ...['-append', `console=ttyS0 quiet loglevel=4 panic=-1 random.trust_cpu=on nowatchdog${root}`],
     ...['-chardev', 'stdio,id=console,signal=off', '-serial', 'chardev:console'],
     ...['-chardev', `socket,id=agent,path=${agentPath}`, '-device', 'virtio-serial-pci,addr=0x2'],
     ...['-device', 'virtserialport,chardev=agent,name=strata.agent'],
