@@ -176,6 +176,22 @@ describe('strata img create', () => {
     expect(statSync(qemu.path('d.raw')).size).toBe(2 * 2 ** 20);
   });
 
+  it('encrypts, with a passphrase from a file, so that QEMU opens it', () => {
+    writeFileSync(qemu.path('passphrase'), 'a secret');
+    const options = 'encrypt.format=luks,encrypt.key-secret=key,encrypt.iter-time=10,encrypt.cipher-alg=aes-128';
+    const args = ['create', '-q', '-f', 'qcow2', '--object', 'secret,id=key,file=passphrase', '-o', options];
+    expect(img(...args, 'locked.qcow2', '4M')).toMatchObject({ status: 0, stderr: '' });
+    expect(json('info', '-f', 'qcow2', '--output', 'json', 'locked.qcow2')).toEqual(qemu.info('locked.qcow2'));
+    expect(img('info', '-f', 'qcow2', 'locked.qcow2').stdout).toBe(qemu.run('info', 'locked.qcow2'));
+    const image = 'driver=qcow2,file.filename=locked.qcow2,encrypt.key-secret=key';
+    const write = ['--object', 'secret,id=key,file=passphrase', '--image-opts', image, '-c', 'write -P 3 1M 64k'];
+    expect(spawnSync('qemu-io', [...write, '-c', 'read -P 3 1M 64k'], { cwd: qemu.folder }).status).toBe(0);
+    expect(img('check', 'locked.qcow2').status).toBe(0);
+    const visible = args.map((arg) => arg.replace('file=passphrase', 'data=secret'));
+    expect(img(...visible, 'x.qcow2', '4M')).toMatchObject({ status: 1 });
+    expect(existsSync(qemu.path('x.qcow2'))).toBe(false);
+  });
+
   it('names the option that there is not', () => {
     expect(img('create', '-f', 'qcow2', '-o', 'cluster_size=100000', 'x.qcow2', '1M').stderr).toContain('cluster_size');
     expect(img('create', '-f', 'qcow2', '-o', 'colour=red', 'x.qcow2', '1M').stderr).toContain("'colour'");

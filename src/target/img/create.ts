@@ -1,13 +1,16 @@
 /** `strata img create`: a new image, and the data file that it names. */
 import { statSync } from 'node:fs';
-import { createImage, preallocateSpace, withImpliedOptions } from '../../bdev/qcow2/create.js';
+import { checkCreateOptions, createImage, preallocateSpace, withImpliedOptions } from '../../bdev/qcow2/create.js';
 import type { CreateOptions, Preallocation } from '../../bdev/qcow2/create.js';
 import { CompressionType } from '../../bdev/qcow2/format.js';
+import { ENCRYPT_OPTIONS, makeLuksHeader } from './encryption.js';
 import { optionHelp, parseFormat, parseImageOptions, roundUp } from './image-options.js';
 import type { Format } from './image-options.js';
 import { NodeFile, runTask } from './node-file.js';
 import { openImage, resolveName } from './open-image.js';
 import { parseImageSize, print, usage } from './words.js';
+
+const encryptNames = ENCRYPT_OPTIONS.map(([name]) => name);
 
 export interface CreateCommand {
   readonly quiet?: boolean;
@@ -16,17 +19,18 @@ export interface CreateCommand {
   readonly backingFormat?: string;
   readonly unsafe?: boolean;
   readonly options: readonly string[];
+  readonly object: readonly string[];
 }
 
 /** Throws BdevError. */
 export function createCommand(path: string | undefined, size: string | undefined, command: CreateCommand): void {
   const format = parseFormat(command.format);
   if (command.options.some((text) => text === 'help' || text === '?')) {
-    print(optionHelp(format));
+    print(optionHelp(format, format === 'qcow2' ? ENCRYPT_OPTIONS : []));
     return;
   }
   if (path === undefined) throw usage('filename', 'Expecting image file name', 'name the image');
-  const given = parseImageOptions(format, command.options);
+  const given = parseImageOptions(format, command.options, encryptNames);
   const backingFile = command.backing ?? given.backingFile;
   const backingFormat = command.backingFormat ?? given.backingFormat;
   if (format === 'raw' && backingFile !== null) {
@@ -46,7 +50,11 @@ export function createCommand(path: string | undefined, size: string | undefined
   if (sizeBytes === null) {
     throw usage('size', 'Image creation needs a size parameter', 'give a size, as 10G');
   }
-  const options: CreateOptions = withImpliedOptions({ ...given, backingFile, backingFormat, sizeBytes });
+  const luksHeader = makeLuksHeader(given.others, command.object);
+  const encryption = luksHeader === null ? {} : { luksHeader };
+  const options = withImpliedOptions({ ...given, backingFile, backingFormat, sizeBytes, ...encryption });
+  // Before any file is made.
+  if (format === 'qcow2') checkCreateOptions(options);
   if (command.quiet !== true) print(`Formatting '${path}', ${describe(format, options)}\n`);
   makeImage(path, format, options);
 }
@@ -115,6 +123,7 @@ function describe(format: Format, options: CreateOptions): string {
   if (format === 'raw') return `fmt=raw size=${options.sizeBytes}`;
   const words = [
     'fmt=qcow2',
+    ...(options.luksHeader === undefined ? [] : ['encrypt.format=luks']),
     `cluster_size=${2 ** options.clusterBits}`,
     `extended_l2=${onOff(options.extendedL2)}`,
     ...(options.preallocation === 'off' ? [] : [`preallocation=${options.preallocation}`]),

@@ -40,20 +40,26 @@ export function parseFormat(text: string): Format {
 }
 
 /** What `-o help` prints. */
-export function optionHelp(format: Format): string {
-  const options = format === 'qcow2' ? QCOW2_OPTIONS : RAW_OPTIONS;
+export function optionHelp(format: Format, others: readonly (readonly [string, string, string])[] = []): string {
+  const options = [...(format === 'qcow2' ? QCOW2_OPTIONS : RAW_OPTIONS), ...others];
   return `Supported options:\n${options.map(([name, takes, text]) => `  ${`${name}=<${takes}>`.padEnd(25)}- ${text}\n`).join('')}`;
 }
 
 export interface ImageOptions extends Omit<CreateOptions, 'sizeBytes' | 'luksHeader'> {
   /** Of `size=`, rounded up to a sector; null when it was not given. */
   readonly sizeBytes: number | null;
+  /** By their full names. */
+  readonly others: ReadonlyMap<string, string>;
 }
 
-/** Throws BdevError that names the option. */
-export function parseImageOptions(format: Format, texts: readonly string[]): ImageOptions {
-  const known = (format === 'qcow2' ? QCOW2_OPTIONS : RAW_OPTIONS).map(([name]) => name);
-  const options = parseOptions(texts, known);
+/** @param others names that are taken for qcow2 too, and handed on. Throws BdevError that names the option. */
+export function parseImageOptions(
+  format: Format,
+  texts: readonly string[],
+  others: readonly string[] = [],
+): ImageOptions {
+  const own = (format === 'qcow2' ? QCOW2_OPTIONS : RAW_OPTIONS).map(([name]) => name);
+  const options = parseOptions(texts, format === 'qcow2' ? [...own, ...others] : own);
   const of = <T>(name: string, parse: (text: string) => T, otherwise: T): T => {
     const text = options.get(name);
     return text === undefined ? otherwise : parse(text);
@@ -72,6 +78,7 @@ export function parseImageOptions(format: Format, texts: readonly string[]): Ima
     lazyRefcounts: isOn('lazy_refcounts'),
     preallocation: of('preallocation', parsePreallocation, 'off'),
     refcountOrder: of('refcount_bits', parseRefcountBits, 4),
+    others: new Map([...options].filter(([name]) => others.includes(name))),
     sizeBytes: of<number | null>('size', (text) => roundUp(parseImageSize(text)), null),
   };
   if (format === 'raw' && parsed.preallocation === 'metadata') {

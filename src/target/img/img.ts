@@ -42,6 +42,7 @@ program
   .option('-b, --backing <file>', 'what shows through where the image holds nothing')
   .option('-F, --backing-format <format>', 'format of the backing file')
   .option('-u, --unsafe', 'do not open the backing file')
+  .option('--object <object>', 'secret,id=ID,file=PATH: a passphrase for encrypt.key-secret', collect, [])
   .addOption(options())
   .action((path: string | undefined, size: string | undefined, command: CreateCommand) =>
     run(async () => (await import('./create.js')).createCommand(path, size, command)),

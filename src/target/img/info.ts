@@ -11,7 +11,10 @@ import { Autoclear, Compatible, CompressionType, CryptMethod, Incompatible } fro
 import type { Qcow2Header } from '../../bdev/qcow2/format.js';
 import { BitmapFlag } from '../../bdev/qcow2/tables.js';
 import type { Bitmap, Snapshot } from '../../bdev/qcow2/tables.js';
+import { readLuksHeader } from '../../bdev/qcow2/luks.js';
+import { luksInfo } from './encryption.js';
 import { runTask } from './node-file.js';
+import type { NodeFile } from './node-file.js';
 import { openImage, readBitmaps, readSnapshots, resolveName } from './open-image.js';
 import type { OpenImage } from './open-image.js';
 import { humanSize, print, printJson, usage } from './words.js';
@@ -111,7 +114,7 @@ function qcow2Info(image: OpenImage, header: Qcow2Header, path: string) {
       : { 'backing-filename': backingFile, 'full-backing-filename': fullName(path, backingFile) }),
     ...(backingFile === null || backingFormat === null ? {} : { 'backing-filename-format': backingFormat }),
     ...(snapshots.length === 0 ? {} : { snapshots: snapshots.map(snapshotInfo) }),
-    'format-specific': { type: 'qcow2', data: specificInfo(header, bitmaps) },
+    'format-specific': { type: 'qcow2', data: specificInfo(header, bitmaps, encryptInfo(image.file, header)) },
   };
 }
 
@@ -124,10 +127,10 @@ function fullName(path: string, name: string): string {
   }
 }
 
-function specificInfo(header: Qcow2Header, bitmaps: readonly Bitmap[]) {
+function specificInfo(header: Qcow2Header, bitmaps: readonly Bitmap[], encryption: Record<string, unknown>) {
   const has = (bit: bigint): boolean => (header.incompatible & bit) !== 0n;
   if (header.version === 2) {
-    return { compat: '0.10', 'compression-type': 'zlib', 'refcount-bits': 16, ...encryptInfo(header) };
+    return { compat: '0.10', 'compression-type': 'zlib', 'refcount-bits': 16, ...encryption };
   }
   return {
     compat: '1.1',
@@ -135,7 +138,7 @@ function specificInfo(header: Qcow2Header, bitmaps: readonly Bitmap[]) {
     'lazy-refcounts': (header.compatible & Compatible.lazyRefcounts) !== 0n,
     ...(bitmaps.length === 0 ? {} : { bitmaps: bitmaps.map(bitmapInfo) }),
     'refcount-bits': 2 ** header.refcountOrder,
-    ...encryptInfo(header),
+    ...encryption,
     ...(header.dataFile === null ? {} : { 'data-file': header.dataFile }),
     ...(has(Incompatible.externalDataFile)
       ? { 'data-file-raw': (header.autoclear & Autoclear.rawExternalData) !== 0n }
@@ -145,9 +148,9 @@ function specificInfo(header: Qcow2Header, bitmaps: readonly Bitmap[]) {
   };
 }
 
-function encryptInfo({ cryptMethod }: Qcow2Header): Record<string, unknown> {
+function encryptInfo(file: NodeFile, { cryptMethod, luksHeader }: Qcow2Header): Record<string, unknown> {
   if (cryptMethod === CryptMethod.none) return {};
-  return { encrypt: { format: cryptMethod === CryptMethod.luks ? 'luks' : 'aes' } };
+  return { encrypt: luksHeader === null ? { format: 'aes' } : luksInfo(runTask(readLuksHeader(file, luksHeader))) };
 }
 
 function bitmapInfo({ name, granularityBits, flags }: Bitmap) {
