@@ -23,6 +23,7 @@ import { Change } from './change.js';
 import type { Committer } from './commit.js';
 import { CompressedReader } from './compressed-reader.js';
 import type { Qcow2Image } from './image.js';
+import type { LiveBitmaps } from './live-bitmaps.js';
 import { Extent, Mapped } from './l2.js';
 import type { Dropped } from './l2.js';
 import { Piece, RequestJob } from './request-job.js';
@@ -89,6 +90,7 @@ export class Engine implements IoOwner {
   allocator: Allocator | null = null;
   committer: Committer | null = null;
   log: RestartLog | null = null;
+  bitmaps: LiveBitmaps | null = null;
   isReadOnly = true;
   /** What is known of the chain below; null where it is short. */
   readonly chain: ChainMap | null;
@@ -140,6 +142,7 @@ export class Engine implements IoOwner {
       this.#held.append(io);
       return;
     }
+    if (this.bitmaps !== null && io.type !== IoType.read && io.type !== IoType.flush) this.bitmaps.mark(io);
     if (io.type <= IoType.write) {
       if (!this.#forward(io)) this.startJob(io);
     } else if (io.type === IoType.flush) {

@@ -11,13 +11,13 @@ import { Opened, openBacking, openData, pathOf } from './chain.js';
 import { ChannelFile, TaskIo } from './channel-file.js';
 import { checkImage } from './check.js';
 import { Committer } from './commit.js';
+import { addBitmap, clearBitmap, removeBitmap } from './edit/bitmaps.js';
 import { resizeImage } from './edit/resize.js';
 import type { ResizeOptions } from './edit/resize.js';
 import { applySnapshot, createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
 import { Engine } from './engine.js';
 import type { Layer } from './engine.js';
 import {
-  Autoclear,
   Incompatible,
   clusterBytesOf,
   featureWords,
@@ -29,9 +29,11 @@ import {
 import { unsupportedImage } from './image-error.js';
 import type { ImageFile } from './image-file.js';
 import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
+import { LiveBitmaps } from './live-bitmaps.js';
 import { replay } from './replay.js';
 import { RestartLog } from './restart-log.js';
-import type { Snapshot } from './tables.js';
+import { BitmapFlag } from './tables.js';
+import type { Bitmap, Snapshot } from './tables.js';
 import { completeTask, startTask } from './task.js';
 import type { Task } from './task.js';
 
@@ -181,7 +183,8 @@ class Qcow2Bdev implements Bdev {
   }
 
   async operate(operation: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
-    const name = typeof params['snapshot'] === 'string' ? params['snapshot'] : '';
+    const given = params['snapshot'] ?? params['bitmap'];
+    const name = typeof given === 'string' ? given : '';
     switch (operation) {
       case 'snapshots':
         return this.#image.snapshots.map(describeSnapshot);
@@ -191,6 +194,17 @@ class Qcow2Bdev implements Bdev {
         const nanoseconds = Math.round((nowMs % 1000) * 1e6);
         return describeSnapshot(await this.#run((file) => createSnapshot(file, { name, seconds, nanoseconds })));
       }
+      case 'bitmaps':
+        return this.#image.bitmaps.map((bitmap) => this.#describeBitmap(bitmap));
+      case 'addBitmap':
+        await this.#run((file) => addBitmap(file, { name, ...granularityOf(params) }));
+        return true;
+      case 'removeBitmap':
+        await this.#run((file) => removeBitmap(file, name));
+        return true;
+      case 'clearBitmap':
+        await this.#run((file) => clearBitmap(file, name));
+        return true;
       case 'deleteSnapshot':
         await this.#run((file) => deleteSnapshot(file, name));
         return true;
@@ -231,6 +245,7 @@ class Qcow2Bdev implements Bdev {
       try {
         this.#complete(engine.settleAll(() => this.#flush()));
         this.#complete(engine.allocator.trim());
+        if (engine.bitmaps !== null) this.#complete(engine.bitmaps.store(this.#file));
         if (engine.log !== null) this.#complete(this.#endSession(engine.log));
       } catch (error) {
         if (!(error instanceof BdevError)) throw error;
@@ -303,6 +318,17 @@ class Qcow2Bdev implements Bdev {
     yield* request.run();
   }
 
+  #describeBitmap({ name, granularityBits, flags }: Bitmap): Record<string, unknown> {
+    const bits = this.#engine.bitmaps?.get(name);
+    return {
+      name,
+      granularity: 2 ** granularityBits,
+      isRecording: bits !== undefined,
+      isInconsistent: bits === undefined && (flags & BitmapFlag.inUse) !== 0,
+      dirtyBytes: bits?.dirtyBytes ?? null,
+    };
+  }
+
   *#apply(file: ImageFile, name: string): Task<void> {
     const snapshot = findSnapshot(this.#image.snapshots, name);
     if (snapshot.sizeBytes < this.#image.sizeBytes) {
@@ -358,6 +384,7 @@ class Qcow2Bdev implements Bdev {
     try {
       yield* engine.settleAll(() => this.#flush());
       try {
+        if (engine.bitmaps !== null) yield* engine.bitmaps.store(this.#file);
         return yield* work(this.#file);
       } finally {
         yield* this.#reload();
@@ -378,6 +405,7 @@ class Qcow2Bdev implements Bdev {
       yield* image.load();
       engine.allocator!.reset(yield* loadRefcountTable(image));
       engine.forgetCompressed();
+      engine.bitmaps = yield* LiveBitmaps.open(this.#file, image.header, image.bitmaps);
       // An edit ends the session of whoever wrote before it.
       if (engine.log !== null) yield* this.#writeAutoclear(withSession(image.header.autoclear, engine.log.session));
     } catch (error) {
@@ -434,7 +462,7 @@ class Qcow2Bdev implements Bdev {
       // A device ends where it ends.
       if (!(error instanceof BdevError)) throw error;
     }
-    const broken = unknownAutoclear(header) | (header.autoclear & Autoclear.bitmaps);
+    const broken = unknownAutoclear(header);
     if (broken !== 0n) yield* this.#writeAutoclear(header.autoclear & ~broken);
   }
 
@@ -501,6 +529,7 @@ class Qcow2Bdev implements Bdev {
       onBegin: () => engine.onRoundBegin(),
       onRound: (isAll) => engine.onRound(isAll),
     });
+    engine.bitmaps = this.#complete(LiveBitmaps.open(this.#file, image.header, image.bitmaps));
     engine.isReadOnly = false;
     const { restartDir } = this.#config;
     // Version 2 has no bits that another program would clear.
@@ -521,6 +550,14 @@ class Qcow2Bdev implements Bdev {
       () => undefined,
     );
   }
+}
+
+/** Throws BdevError. */
+function granularityOf({ granularity }: Readonly<Record<string, unknown>>): { granularityBits?: number } {
+  if (granularity === undefined || granularity === null) return {};
+  const bits = Math.log2(Number(granularity));
+  if (Number.isInteger(bits)) return { granularityBits: bits };
+  throw new BdevError('bad-granularity', 'granularity', 'the granularity is no power of two', 'use 65536, for example');
 }
 
 function describeSnapshot({

@@ -349,7 +349,8 @@ export class RequestJob extends Sleeper {
     const { clusterBytes, clustersPerSlice, entryWords, unitBytes } = geometry;
     const first = Math.floor(this.#position / clusterBytes);
     const index = first % clustersPerSlice;
-    const end = this.#end === top.sizeBytes ? Math.ceil(this.#end / unitBytes) * unitBytes : this.#end;
+    // The rest of the last cluster is nobody's.
+    const end = this.#end === top.sizeBytes ? Math.ceil(this.#end / clusterBytes) * clusterBytes : this.#end;
     const wanted = Math.min(Math.ceil(end / clusterBytes) - first, clustersPerSlice - index);
     const free = this.#unclaimed(first, wanted);
     if (free === 0) return;

@@ -84,6 +84,33 @@ export const METHODS: readonly RpcMethod[] = [
         daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, operation, { snapshot }),
     }),
   ),
+  ...(
+    [
+      ['bdev_qcow2_bitmap_remove', 'removeBitmap', 'removes the dirty bitmap `bitmap` of a qcow2 disk'],
+      ['bdev_qcow2_bitmap_clear', 'clearBitmap', 'makes all of a qcow2 disk clean in `bitmap`'],
+    ] as const
+  ).map(([methodName, operation, summary]) =>
+    method({
+      name: methodName,
+      summary,
+      params: z.strictObject({ name, bitmap: z.string().min(1) }),
+      call: (daemon, { name: bdev, bitmap }) =>
+        daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, operation, { bitmap }),
+    }),
+  ),
+  method({
+    name: 'bdev_qcow2_bitmap_add',
+    summary: 'adds a dirty bitmap `bitmap` to a qcow2 disk, which records what is written from now on',
+    params: z.strictObject({ name, bitmap: z.string().min(1), granularity: size.optional() }),
+    call: (daemon, { name: bdev, ...params }) =>
+      daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, 'addBitmap', params),
+  }),
+  method({
+    name: 'bdev_qcow2_bitmap_list',
+    summary: 'the dirty bitmaps of a qcow2 disk',
+    params: z.strictObject({ name }),
+    call: (daemon, params) => daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'bitmaps', {}),
+  }),
   method({
     name: 'bdev_qcow2_snapshot_list',
     summary: 'the snapshots within a qcow2 disk',

@@ -4,10 +4,12 @@
  *
  * Method: a disk under random writes on a real reactor; QEMU judges the image and reads the snapshots.
  */
-import { readFileSync } from 'node:fs';
+import { copyFileSync, readFileSync, writeFileSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { BdevError } from '../../../src/bdev/bdev.js';
 import { IoStatus, IoType } from '../../../src/bdev/bdev-io.js';
+import { loadBitmap } from '../../../src/bdev/qcow2/edit/bitmaps.js';
+import { NodeFile, runTask } from '../../../src/target/img/node-file.js';
 import { expectBytes } from '../../support/bytes.js';
 import { Disk } from '../../support/disk.js';
 import type { Request } from '../../support/disk.js';
@@ -65,7 +67,8 @@ function write(count: number): void {
 /** Drives the reactor until the operation is over. */
 async function operate(operation: string, snapshot = ''): Promise<unknown> {
   let outcome: { readonly value?: unknown; readonly error?: unknown } | null = null;
-  const promise = disk.open.bdev.operate!(operation, { snapshot }).then(
+  const params = operation.endsWith('Bitmap') ? { bitmap: snapshot } : { snapshot };
+  const promise = disk.open.bdev.operate!(operation, params).then(
     (value: unknown) => (outcome = { value }),
     (error: unknown) => (outcome = { error }),
   );
@@ -168,4 +171,72 @@ describe('A disk in use', () => {
     disk.close();
     expectImage();
   });
+});
+
+describe('Dirty bitmaps of a disk in use', () => {
+  const load = (image: string, name: string): Buffer => {
+    const file = new NodeFile(qemu.path(image), { mode: 'read' });
+    try {
+      return runTask(loadBitmap(file, name)).bytes;
+    } finally {
+      file.close();
+    }
+  };
+
+  it('record what QEMU records, and are whole when the disk is closed', async () => {
+    open('cluster_size=64k');
+    disk.close();
+    qemu.run('bitmap', '--add', '-g', '32768', 'image', 'coarse');
+    qemu.run('bitmap', '--add', '-g', '4096', 'image', 'fine');
+    qemu.run('bitmap', '--add', '--disable', 'image', 'off');
+    copyFileSync(qemu.path('image'), qemu.path('twin'));
+    reopen();
+    const commands: string[] = [];
+    for (let i = 0; i < 30; i++) {
+      const offset = random.below(DISK_BYTES / 512 - 64) * 512;
+      const length = (1 + random.below(64)) * 512;
+      const kind = i % 3;
+      if (kind === 0) disk.write(offset, Buffer.alloc(length, 7));
+      else disk.run(kind === 1 ? IoType.writeZeroes : IoType.write, offset, length);
+      commands.push(kind === 1 ? `write -z ${offset} ${length}` : `write -P 7 ${offset} ${length}`);
+      disk.forget();
+      // An edit in between changes nothing about it.
+      if (i === 10) await operate('createSnapshot', 'between');
+    }
+    const listed = (await operate('bitmaps')) as Record<string, unknown>[];
+    expect(listed.map(({ name, isRecording }) => [name, isRecording])).toEqual([
+      ['coarse', true],
+      ['fine', true],
+      ['off', false],
+    ]);
+    // While they are in use the image says so.
+    expect(JSON.stringify(qemuBitmaps(readFileSync(qemu.path('image'))))).toContain('in-use');
+    disk.close();
+    qemu.io('twin', ...commands);
+    expect(qemu.check('image').status).toBe(0);
+    for (const name of ['coarse', 'fine', 'off']) {
+      expectBytes(load('image', name), load('twin', name), `the bitmap ${name}`);
+    }
+    expect(load('image', 'fine').some((byte) => byte !== 0)).toBe(true);
+    expect(JSON.stringify(qemuBitmaps(readFileSync(qemu.path('image'))))).not.toContain('in-use');
+
+    reopen();
+    await operate('removeBitmap', 'coarse');
+    await operate('clearBitmap', 'fine');
+    await operate('addBitmap', 'new');
+    disk.write(0, Buffer.alloc(4096, 9));
+    disk.close();
+    const fine = Buffer.alloc(load('image', 'fine').length);
+    fine[0] = 1;
+    expectBytes(load('image', 'fine'), fine, 'the bitmap fine');
+    expect(load('image', 'new')[0]).toBe(1);
+    expect(() => load('image', 'coarse')).toThrow(/coarse/);
+    expect(qemu.check('image').status).toBe(0);
+  });
+
+  /** What QEMU says of the bitmaps of an image, which may be in use. */
+  function qemuBitmaps(bytes: Buffer): unknown {
+    writeFileSync(qemu.path('copy'), bytes);
+    return (qemu.info('copy')['format-specific'] as { data: { bitmaps: unknown } }).data.bitmaps;
+  }
 });
