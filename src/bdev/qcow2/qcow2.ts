@@ -476,7 +476,7 @@ class Qcow2Bdev implements Bdev {
 
   /** Carries out what the session before this one left behind, and begins a session of its own. */
   *#beginSession(folder: string): Task<void> {
-    const { arena, random } = this.#reactor;
+    const { arena } = this.#reactor;
     const engine = this.#engine;
     const { header } = this.#image;
     const left = sessionOf(header) === 0 ? null : RestartLog.open(folder, sessionOf(header), arena);
@@ -489,7 +489,7 @@ class Qcow2Bdev implements Bdev {
         throw error;
       }
     }
-    const log = RestartLog.create(folder, arena, random);
+    const log = RestartLog.create(folder, this.#reactor);
     try {
       yield* this.#writeAutoclear(withSession(header.autoclear, log.session));
     } catch (error) {

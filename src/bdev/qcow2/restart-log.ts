@@ -18,11 +18,11 @@
  * - A change is answered when its record is here. It is dropped when a round has made it durable.
  * - A record is published by one store, its sequence number, after all others: a kill leaves whole records.
  */
-import { statfsSync, unlinkSync } from 'node:fs';
+import { readdirSync, statSync, statfsSync, unlinkSync } from 'node:fs';
 import { join } from 'node:path';
 import { O_CREAT, O_EXCL, O_RDWR, SystemError, check, checkObject, native } from '../../../native/index.js';
 import type { Arena } from '../../../native/index.js';
-import type { Random } from '../../poller/clock.js';
+import type { Reactor } from '../../poller/reactor.js';
 import { BdevError } from '../bdev.js';
 
 const HEADER_BYTES = 64;
@@ -35,6 +35,7 @@ const FILE_BYTES = HEADER_BYTES + CAPACITY * RECORD_BYTES;
 /** What statfs(2) says of file systems in memory: tmpfs, ramfs. */
 const IN_MEMORY = [0x01021994, 0x858458f6];
 const COUNT_MAX = 2 ** 24 - 1;
+const SWEPT_AFTER_MS = 60_000;
 const ENOENT = 2;
 const EEXIST = 17;
 /** Numbers of sessions that are tried. */
@@ -74,6 +75,7 @@ export class RestartLog {
   readonly #path: string;
   readonly #arena: Arena;
   readonly #address: number;
+  readonly #fd: number;
   readonly #doubles: Float64Array;
   readonly #words: Uint32Array;
   #last = 0.5;
@@ -84,6 +86,7 @@ export class RestartLog {
     this.#path = path;
     this.session = session;
     this.#arena = arena;
+    this.#fd = check(native.fileDuplicate(fd), `keep ${path} open`);
     this.#address = arena.mapFile(fd, 0, FILE_BYTES);
     this.#doubles = arena.viewF64(this.#address, FILE_BYTES / 8);
     this.#words = arena.view32(this.#address, FILE_BYTES / 4);
@@ -92,7 +95,9 @@ export class RestartLog {
   }
 
   /** A new log of a session of its own. Throws BdevError. */
-  static create(folder: string, arena: Arena, random: Random): RestartLog {
+  static create(folder: string, { arena, random, clock }: Pick<Reactor, 'arena' | 'random' | 'clock'>): RestartLog {
+    const nowMs = clock.wallMs();
+    sweep(folder, nowMs);
     let session = 0;
     let path = '';
     let fd = -EEXIST;
@@ -136,7 +141,7 @@ export class RestartLog {
         log.#doubles[SESSION_AT] === session &&
         log.#doubles[CAPACITY_AT] === CAPACITY;
       if (isWhole) return log;
-      log.#unmap();
+      log.abandon();
       return null;
     } catch (error) {
       throw error instanceof SystemError ? unusable(path, error.message) : error;
@@ -228,22 +233,38 @@ export class RestartLog {
 
   /** All is in the file: the log ends. */
   close(): void {
-    this.#unmap();
-    unlinkSync(this.#path);
+    // An isolated reactor may not remove files: an empty one is left, which `sweep` finds.
+    native.fileTruncate(this.#fd, 0);
+    this.abandon();
+    try {
+      unlinkSync(this.#path);
+    } catch (error) {
+      if (!['EACCES', 'EPERM'].includes((error as NodeJS.ErrnoException).code ?? '')) throw error;
+    }
   }
 
   /** Leaves the log where it is, for whoever opens the image next. */
   abandon(): void {
-    this.#unmap();
-  }
-
-  #unmap(): void {
     this.#arena.release(this.#address);
+    native.fileClose(this.#fd);
   }
 }
 
 function pathOf(folder: string, session: number): string {
   return join(folder, `strata-${session.toString(16).padStart(8, '0')}`);
+}
+
+/** Removes empty logs, which nobody could remove when they ended. Those that are being made are younger. */
+function sweep(folder: string, nowMs: number): void {
+  try {
+    for (const name of readdirSync(folder)) {
+      if (!/^strata-[0-9a-f]{8}$/.test(name)) continue;
+      const { size, mtimeMs } = statSync(join(folder, name));
+      if (size === 0 && nowMs - mtimeMs > SWEPT_AFTER_MS) unlinkSync(join(folder, name));
+    }
+  } catch {
+    // Another process was faster, or the folder is not to be read: what is left takes no room.
+  }
 }
 
 /** On a disk it would outlive the host, and what it says would not be true any more. Throws BdevError. */
