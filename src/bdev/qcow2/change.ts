@@ -51,6 +51,8 @@ export class Change extends Sleeper implements IoOwner {
   #copiesTail = false;
   #outstanding = 0;
   #errno = 0;
+  /** What was to be copied is zeroes: nothing is written. */
+  #isVoid = false;
   /** The data is in the file. */
   #isWritten = false;
 
@@ -60,7 +62,7 @@ export class Change extends Sleeper implements IoOwner {
     this.#buffer = 0;
   }
 
-  /** Where and how much, before `source` is filled. */
+  /** Where and how much, before `source` is filled. No length: the unit there is copied from below, and nothing else is written. */
   prepare(job: RequestJob, offset: number, length: number): void {
     this.#job = job;
     this.#offset = offset;
@@ -83,6 +85,7 @@ export class Change extends Sleeper implements IoOwner {
     this.#isZeroed = isZeroed;
     this.#errno = 0;
     this.#isWritten = false;
+    this.#isVoid = false;
     this.#slot = l2.find(engine.top.sliceOf(this.#offset));
     l2.pin(this.#slot);
     engine.activate(this);
@@ -90,7 +93,7 @@ export class Change extends Sleeper implements IoOwner {
     const unit = this.#wholeClusters ? geometry.clusterBytes : geometry.unitBytes;
     const start = Math.floor(this.#offset / unit) * unit;
     const dataEnd = this.#offset + this.#length;
-    const whole = Math.ceil(dataEnd / unit) * unit;
+    const whole = Math.max(start + unit, Math.ceil(dataEnd / unit) * unit);
     // A data file is as long as the disk.
     const end = geometry.hasExternalData ? Math.min(whole, engine.top.sizeBytes) : whole;
     this.#head = this.#offset - start;
@@ -185,6 +188,12 @@ export class Change extends Sleeper implements IoOwner {
     // What was copied may be zeroes all the same.
     if (this.#copiesHead && native.isZero(base, this.#head)) this.#copiesHead = false;
     if (this.#copiesTail && native.isZero(base + this.#tailAt(), this.#tail)) this.#copiesTail = false;
+    const isNothing = this.#length === 0 && !this.#copiesHead && !this.#copiesTail && !this.#wholeClusters;
+    this.#isVoid = isNothing && this.#engine.top.geometry.version >= 3;
+    if (this.#isVoid) {
+      this.#enter();
+      return;
+    }
     const zeroes = (this.#copiesHead ? 0 : this.#head) + (this.#copiesTail ? 0 : this.#tail);
     if (this.#isZeroed || zeroes <= ZERO_SEGMENTS_BYTES_MAX) {
       this.#write();
@@ -235,9 +244,19 @@ export class Change extends Sleeper implements IoOwner {
     const base = l2.wordsOf(this.#slot);
     const end = this.#offset + this.#length + this.#tail;
     const start = this.#offset - this.#head;
+    const isZero = this.#isVoid;
+    if (isZero && this.#isNew && !geometry.hasExternalData) engine.dropped.add(this.#host / clusterBytes, this.count);
     for (let i = 0; i < this.count; i++) {
       const cluster = this.firstCluster + i;
       const at = base + (cluster % clustersPerSlice) * entryWords;
+      if (isZero) {
+        // The copy came to zeroes, for which no cluster is needed.
+        if (geometry.isExtended)
+          writeUnits(words, at, unitBits(geometry, start - cluster * clusterBytes, end - start), Mapped.zero);
+        else writeEntry(words, at, hostOf(words, at), !this.#isNew, true);
+        this.#log(cluster, at, RecordKind.set);
+        continue;
+      }
       if (this.#isNew) {
         readHosts(geometry, words, at, engine.dropped);
         writeEntry(words, at, this.#host + i * clusterBytes, true, false);
@@ -255,7 +274,7 @@ export class Change extends Sleeper implements IoOwner {
       } else if (!this.#isNew) {
         writeEntry(words, at, hostOf(words, at), true, false);
       }
-      if (geometry.isExtended || i === 0) this.#log(cluster, at);
+      if (geometry.isExtended || i === 0) this.#log(cluster, at, this.#isNew ? RecordKind.map : RecordKind.set);
     }
     l2.markDirty(this.#slot);
     engine.noteChange();
@@ -263,13 +282,13 @@ export class Change extends Sleeper implements IoOwner {
   }
 
   /** Writes down what entries say from here on: of subclusters one by one, otherwise of all clusters. */
-  #log(cluster: number, at: number): void {
+  #log(cluster: number, at: number, kind: RecordKind): void {
     const { log, top } = this.#engine;
     if (log === null) return;
     const { entryWords, isExtended } = top.geometry;
     log.first = cluster;
     for (let i = 0; i < 4; i++) log.value[i] = i < entryWords ? top.l2.words[at + i]! : 0;
-    log.append(this.#isNew ? RecordKind.map : RecordKind.set, isExtended ? 1 : this.count);
+    log.append(kind, isExtended ? 1 : this.count);
   }
 
   #end(errno: number): void {

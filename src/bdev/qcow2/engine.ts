@@ -79,7 +79,7 @@ export interface EngineOptions {
 
 export class Engine implements IoOwner {
   readonly reactor: Reactor;
-  readonly layers: readonly Layer[];
+  layers: readonly Layer[];
   readonly top: Qcow2Image;
   readonly dataChannel: IoChannel;
   readonly extent = new Extent();
@@ -93,12 +93,12 @@ export class Engine implements IoOwner {
   bitmaps: LiveBitmaps | null = null;
   isReadOnly = true;
   /** What is known of the chain below; null where it is short. */
-  readonly chain: ChainMap | null;
+  chain: ChainMap | null;
   /** Made when the first compressed cluster is met: few images have any. */
   #compressed: CompressedReader | null = null;
   readonly #options: EngineOptions;
   readonly #zeroExtent = new Extent();
-  readonly #backedBytes: number;
+  #backedBytes: number;
   readonly #onDamage: (field: string, problem: string) => void;
   #zeroes = 0;
   readonly #freeJobs: RequestJob[] = [];
@@ -117,6 +117,7 @@ export class Engine implements IoOwner {
   #isFrozen = false;
   readonly #held = new IoQueue();
   readonly #idle = new WaitList();
+  readonly #thaw = new WaitList();
 
   constructor(options: EngineOptions) {
     const { reactor, layers, onDamage } = options;
@@ -174,6 +175,26 @@ export class Engine implements IoOwner {
   }
 
   // ---- for jobs and changes ----
+
+  /** Copies the range of a request up from below, where the image holds nothing. The engine is not frozen. */
+  populate(io: BdevIo): void {
+    const job = this.#freeJobs.pop() ?? new RequestJob(this);
+    job.epoch = this.#epoch;
+    this.#underWay[this.#epoch]!++;
+    job.startPopulating(io);
+  }
+
+  /** Nothing below is needed any more. The engine is frozen. */
+  unback(): void {
+    this.layers = this.layers.slice(0, 1);
+    this.#backedBytes = 0;
+    this.chain = null;
+  }
+
+  /** Waits until requests are taken. */
+  *thawed(): Task<void> {
+    while (this.#isFrozen) yield* sleep((sleeper) => this.#thaw.add(sleeper));
+  }
 
   /** Takes a request apart that reads the disk as it is now; also from within a change. */
   startJob(io: BdevIo): void {
@@ -459,6 +480,7 @@ export class Engine implements IoOwner {
   thaw(): void {
     this.#isFrozen = false;
     for (let left = this.#held.length; left > 0; left--) this.submit(this.#held.shift()!);
+    this.#thaw.wakeAll(0);
   }
 
   /** Writes everything, until nothing is left to be written or lowered. The engine is frozen. Throws BdevError. */

@@ -12,6 +12,7 @@ import { ChannelFile, TaskIo } from './channel-file.js';
 import { checkImage } from './check.js';
 import { Committer } from './commit.js';
 import { addBitmap, clearBitmap, removeBitmap } from './edit/bitmaps.js';
+import { changeBackingFile } from './edit/header.js';
 import { resizeImage } from './edit/resize.js';
 import type { ResizeOptions } from './edit/resize.js';
 import { applySnapshot, createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
@@ -27,6 +28,7 @@ import {
   withSession,
 } from './format.js';
 import { unsupportedImage } from './image-error.js';
+import { ImageJob } from './image-job.js';
 import type { ImageFile } from './image-file.js';
 import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
 import { LiveBitmaps } from './live-bitmaps.js';
@@ -63,6 +65,8 @@ export interface Qcow2Config extends BdevConfig {
 
 const REFCOUNT_CACHE_SLOTS = 256;
 const REPAIR = 'repair it: `strata img check -r all`';
+/** Copied by one step of a stream: whole clusters of any size. */
+const STREAM_BYTES = 2 ** 22;
 const HEADER_INCOMPATIBLE = 72;
 const HEADER_AUTOCLEAR = 88;
 
@@ -100,6 +104,8 @@ class Qcow2Bdev implements Bdev {
   readonly #opened = new Opened();
   readonly #file: ChannelFile;
   #isEdited = false;
+  /** The last job. */
+  #job: ImageJob | null = null;
   /** Findings that were put right as it was opened. */
   #repaired = 0;
   /** The bdev of an external data file. */
@@ -205,6 +211,13 @@ class Qcow2Bdev implements Bdev {
       case 'clearBitmap':
         await this.#run((file) => clearBitmap(file, name));
         return true;
+      case 'stream':
+        return this.#startStream(Number(params['bytesPerSecond'] ?? 0));
+      case 'job':
+        return this.#job?.describe() ?? null;
+      case 'cancelJob':
+        this.#job?.cancel();
+        return this.#job?.describe() ?? null;
       case 'deleteSnapshot':
         await this.#run((file) => deleteSnapshot(file, name));
         return true;
@@ -236,11 +249,14 @@ class Qcow2Bdev implements Bdev {
       replayed: this.#replayed,
       repaired: this.#repaired,
       damage: this.#damage,
+      job: this.#job?.describe() ?? null,
     };
   }
 
   destroy(): void {
     const engine = this.#engine;
+    this.#job?.cancel();
+    while (this.#job?.isRunning === true) this.#reactor.step();
     if (engine.committer !== null && engine.allocator !== null) {
       try {
         this.#complete(engine.settleAll(() => this.#flush()));
@@ -316,6 +332,45 @@ class Qcow2Bdev implements Bdev {
     const request = new TaskIo({ submit: (io) => this.#engine.committer!.flush(io), close: () => undefined }, this);
     request.io.prepare(IoType.flush, 0, 0, 0);
     yield* request.run();
+  }
+
+  /** Copies all that shows through from below into the image, then lets go of what is below. */
+  #startStream(bytesPerSecond: number): Record<string, unknown> {
+    const engine = this.#engine;
+    if (this.#job?.isRunning === true) {
+      throw new BdevError('busy', 'name', `${this.name} has a job: ${this.#job.type}`, 'wait for it, or cancel it');
+    }
+    if (engine.isReadOnly)
+      throw new BdevError('read-only', 'name', `${this.name} is not written to`, 'open it for writing');
+    if (engine.layers.length < 2) {
+      throw new BdevError('no-backing', 'name', `${this.name} has nothing below it`, 'there is nothing to be done');
+    }
+    const job = new ImageJob('stream', this.#image.sizeBytes, this.#reactor, bytesPerSecond);
+    this.#job = job;
+    startTask(
+      this.#stream(job),
+      () => job.end(null),
+      (error) => job.end(error),
+    );
+    return job.describe();
+  }
+
+  *#stream(job: ImageJob): Task<void> {
+    const engine = this.#engine;
+    const request = new TaskIo({ submit: (io) => engine.populate(io), close: () => undefined }, this);
+    // A disk that grows meanwhile has nothing below its former end.
+    for (let offset = 0; offset < job.totalBytes; offset += STREAM_BYTES) {
+      yield* engine.thawed();
+      const lengthBytes = Math.min(STREAM_BYTES, job.totalBytes - offset);
+      request.io.prepare(IoType.write, offset, lengthBytes, 0);
+      yield* request.run();
+      yield* job.advance(lengthBytes);
+    }
+    yield* engine.thawed();
+    yield* this.#edit(function* (file) {
+      yield* changeBackingFile(file, null, null);
+      engine.unback();
+    });
   }
 
   #describeBitmap({ name, granularityBits, flags }: Bitmap): Record<string, unknown> {

@@ -71,10 +71,17 @@ export class RequestJob extends Sleeper {
   #errno = 0;
   #isSleeping = false;
   #isAdvancing = false;
+  #isPopulating = false;
 
   constructor(engine: Engine) {
     super();
     this.#engine = engine;
+  }
+
+  /** Instead of `start`: copies what lies below up into the image, where it holds nothing. The range begins at a cluster. */
+  startPopulating(io: BdevIo): void {
+    this.#isPopulating = true;
+    this.start(io);
   }
 
   start(io: BdevIo): void {
@@ -106,6 +113,7 @@ export class RequestJob extends Sleeper {
     while (!this.#isSleeping && this.#errno === 0 && this.#position < this.#end && this.#outstanding < PIECES_MAX) {
       if (type === IoType.read) this.#read();
       else if (this.#engine.isReadOnly) this.#errno = EROFS;
+      else if (this.#isPopulating) this.#populate();
       else if (type === IoType.write) this.#write(this.#end);
       else this.#clear();
     }
@@ -114,6 +122,7 @@ export class RequestJob extends Sleeper {
     if (this.#errno === 0 && this.#position < this.#end) return;
     const io = this.#io!;
     this.#io = null;
+    this.#isPopulating = false;
     this.#engine.endJob(this, io, this.#errno);
   }
 
@@ -230,6 +239,21 @@ export class RequestJob extends Sleeper {
     return 0;
   }
 
+  /** Copies the next unit up when the image holds nothing there. */
+  #populate(): void {
+    const { top, extent } = this.#engine;
+    extent.offsetBytes = this.#position;
+    extent.wantedBytes = this.#end - this.#position;
+    if (!top.find(extent)) {
+      this.#isSleeping = true;
+      top.loadSlice(this.#position, this);
+    } else if (extent.kind !== Mapped.unallocated || !this.#engine.isBacked(this.#position)) {
+      this.#position += extent.lengthBytes;
+    } else if (!this.#isTableMissing()) {
+      this.#change(Math.min(this.#end, this.#position + top.geometry.unitBytes));
+    }
+  }
+
   #change(end: number): void {
     const engine = this.#engine;
     const { top, extent } = engine;
@@ -246,7 +270,7 @@ export class RequestJob extends Sleeper {
     if (needy === 0) {
       const inCluster = this.#position - first * clusterBytes;
       this.#startChange(
-        Math.min(extent.lengthBytes, clusterBytes - inCluster),
+        Math.min(extent.lengthBytes, clusterBytes - inCluster, end - this.#position),
         first,
         1,
         extent.hostCluster,
@@ -272,8 +296,8 @@ export class RequestJob extends Sleeper {
   #startChange(length: number, first: number, count: number, host: number, isNew: boolean, isZeroed: boolean): void {
     this.hasChanged = true;
     const change = this.#engine.takeChange();
-    change.prepare(this, this.#position, length);
-    this.#takeData(change.source, length);
+    change.prepare(this, this.#position, this.#isPopulating ? 0 : length);
+    if (!this.#isPopulating) this.#takeData(change.source, length);
     this.#position += length;
     this.#outstanding++;
     change.begin(first, count, host, isNew, isZeroed);

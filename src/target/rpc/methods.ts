@@ -112,6 +112,25 @@ export const METHODS: readonly RpcMethod[] = [
     call: (daemon, params) => daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'bitmaps', {}),
   }),
   method({
+    name: 'bdev_qcow2_stream',
+    summary: 'copies what lies below a qcow2 overlay into it, then lets go of it: a job, at most `bytes_per_second`',
+    params: z.strictObject({ name, bytes_per_second: size.optional() }),
+    call: (daemon, { name: bdev, bytes_per_second: bytesPerSecond = 0 }) =>
+      daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, 'stream', { bytesPerSecond }),
+  }),
+  method({
+    name: 'bdev_qcow2_job_get',
+    summary: 'how far the last job of a qcow2 disk is, null when there was none',
+    params: z.strictObject({ name }),
+    call: (daemon, params) => daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'job', {}),
+  }),
+  method({
+    name: 'bdev_qcow2_job_cancel',
+    summary: 'ends the job of a qcow2 disk; started again it goes on',
+    params: z.strictObject({ name }),
+    call: (daemon, params) => daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'cancelJob', {}),
+  }),
+  method({
     name: 'bdev_qcow2_snapshot_list',
     summary: 'the snapshots within a qcow2 disk',
     params: z.strictObject({ name }),
