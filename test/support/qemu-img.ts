@@ -4,6 +4,8 @@ import { mkdtempSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 
+const TIMEOUT_MS = 10_000;
+
 export class QemuImg {
   readonly folder = mkdtempSync(join(tmpdir(), 'strata-img-'));
 
@@ -18,8 +20,9 @@ export class QemuImg {
     return stdout;
   }
 
+  /** The status is null when it took longer than `TIMEOUT_MS`: qemu-img walks damaged tables as often as they are named. */
   try(...args: readonly string[]): { status: number | null; stdout: string; stderr: string } {
-    return spawnSync('qemu-img', args, { cwd: this.folder, encoding: 'utf8', maxBuffer: 2 ** 26 });
+    return spawnSync('qemu-img', args, { cwd: this.folder, encoding: 'utf8', maxBuffer: 2 ** 26, timeout: TIMEOUT_MS });
   }
 
   /** Runs commands of `qemu-io` on an image of this folder. */
@@ -40,7 +43,7 @@ export class QemuImg {
   }
 
   check(name: string): QemuCheck {
-    const { status, stdout, stderr } = this.try('check', '--output', 'json', name);
+    const { status, stdout, stderr } = this.try('check', '-f', 'qcow2', '--output', 'json', name);
     return { status, words: stderr, ...(stdout === '' ? {} : (JSON.parse(stdout) as object)) };
   }
 

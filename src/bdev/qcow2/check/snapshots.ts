@@ -5,7 +5,7 @@
  * Invariant: no more than `WINDOW_BYTES` of the table are in memory while it is looked at, and no more than `SNAPSHOT_TABLE_BYTES_MAX`
  * are walked.
  */
-import { L1_BYTES_MAX, clusterBytesOf, hasExternalData, l1EntriesFor, offsetAt, writeUInt64 } from '../format.js';
+import { L1_BYTES_MAX, clusterBytesOf, hasExternalData, l1EntriesFor, writeUInt64 } from '../format.js';
 import type { Qcow2Header } from '../format.js';
 import type { ImageFile } from '../image-file.js';
 import { SNAPSHOT_TABLE_BYTES_MAX } from '../tables.js';
@@ -60,7 +60,8 @@ function* eachEntry(
     const bytes = window.subarray(at - windowAt);
     const extraBytes = bytes.readUInt32BE(36);
     const lengthBytes = FIXED_BYTES + extraBytes + bytes.readUInt16BE(12) + bytes.readUInt16BE(14);
-    const l1Offset = offsetAt(bytes, 0, `${field}.l1_table_offset`);
+    // Exact up to 2^53; what is beyond is beyond the file, too.
+    const l1Offset = bytes.readUInt32BE(0) * 2 ** 32 + bytes.readUInt32BE(4);
     yield* visit({ field, at, lengthBytes, bytes, l1Offset, l1Entries: bytes.readUInt32BE(8), extraBytes });
     at = Math.ceil((at + lengthBytes) / 8) * 8;
   }
