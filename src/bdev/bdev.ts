@@ -121,6 +121,8 @@ export interface BdevContext {
   open(base: Bdev): IoChannel;
   /** Makes a bdev that nobody else knows, as for a file that is found out only by opening another; its owner destroys it. Throws BdevError. */
   create(config: BdevConfig): Bdev;
+  /** Opens a bdev for writing, as a consumer does. Throws BdevError. */
+  openTarget(name: string, writer: string): OpenBdev;
 }
 
 /** Config of any bdev: what all modules share. The module's own keys lie beside these. */

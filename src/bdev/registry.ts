@@ -176,6 +176,7 @@ export class BdevRegistry {
         return entry.bdev;
       },
       open: (base) => new BdevChannel(base, this.#reactor, this.#entries.get(base.name)?.stats ?? new IoStats()),
+      openTarget: (name, writer) => this.open(name, writer, 'target'),
       create: (config) => this.#moduleOf(config).create(config, this.#context(owner)),
     };
   }

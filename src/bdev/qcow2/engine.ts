@@ -346,6 +346,10 @@ export class Engine implements IoOwner {
     );
   }
 
+  get codecThreads(): number {
+    return this.#options.codecThreads;
+  }
+
   get compressed(): CompressedReader {
     const { clusterCacheBytes, codecThreads } = this.#options;
     return (this.#compressed ??= new CompressedReader(this, clusterCacheBytes, codecThreads));

@@ -11,11 +11,8 @@ import { Opened, openBacking, openData, pathOf } from './chain.js';
 import { ChannelFile, TaskIo } from './channel-file.js';
 import { checkImage } from './check.js';
 import { Committer } from './commit.js';
-import { addBitmap, clearBitmap, removeBitmap } from './edit/bitmaps.js';
-import { changeBackingFile } from './edit/header.js';
 import { resizeImage } from './edit/resize.js';
 import type { ResizeOptions } from './edit/resize.js';
-import { applySnapshot, createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
 import { Engine } from './engine.js';
 import type { Layer } from './engine.js';
 import {
@@ -28,14 +25,13 @@ import {
   withSession,
 } from './format.js';
 import { unsupportedImage } from './image-error.js';
-import { ImageJob } from './image-job.js';
 import type { ImageFile } from './image-file.js';
 import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
 import { LiveBitmaps } from './live-bitmaps.js';
+import { Operations } from './operations.js';
+import type { Params } from './operations.js';
 import { replay } from './replay.js';
 import { RestartLog } from './restart-log.js';
-import { BitmapFlag } from './tables.js';
-import type { Bitmap, Snapshot } from './tables.js';
 import { completeTask, startTask } from './task.js';
 import type { Task } from './task.js';
 
@@ -65,8 +61,6 @@ export interface Qcow2Config extends BdevConfig {
 
 const REFCOUNT_CACHE_SLOTS = 256;
 const REPAIR = 'repair it: `strata img check -r all`';
-/** Copied by one step of a stream: whole clusters of any size. */
-const STREAM_BYTES = 2 ** 22;
 const HEADER_INCOMPATIBLE = 72;
 const HEADER_AUTOCLEAR = 88;
 
@@ -101,11 +95,10 @@ class Qcow2Bdev implements Bdev {
   readonly #reactor: Reactor;
   readonly #image: Qcow2Image;
   readonly #engine: Engine;
+  readonly #operations: Operations;
   readonly #opened = new Opened();
   readonly #file: ChannelFile;
   #isEdited = false;
-  /** The last job. */
-  #job: ImageJob | null = null;
   /** Findings that were put right as it was opened. */
   #repaired = 0;
   /** The bdev of an external data file. */
@@ -149,6 +142,14 @@ class Qcow2Bdev implements Bdev {
         codecThreads: config.codecThreads,
       });
       if (!this.readOnly) this.#prepareWriting(channel);
+      this.#operations = new Operations({
+        bdev: this,
+        image,
+        engine: this.#engine,
+        reactor,
+        edit: (work) => this.#edit(work),
+        openTarget: (name) => context.openTarget(name, config.name),
+      });
     } catch (error) {
       // Anything else than what is wrong with the image or its device is no reason to tidy up.
       if (error instanceof BdevError) this.#opened.close();
@@ -188,50 +189,8 @@ class Qcow2Bdev implements Bdev {
     return new Qcow2Channel(this.#engine);
   }
 
-  async operate(operation: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
-    const given = params['snapshot'] ?? params['bitmap'];
-    const name = typeof given === 'string' ? given : '';
-    switch (operation) {
-      case 'snapshots':
-        return this.#image.snapshots.map(describeSnapshot);
-      case 'createSnapshot': {
-        const nowMs = this.#reactor.clock.wallMs();
-        const seconds = Math.floor(nowMs / 1000);
-        const nanoseconds = Math.round((nowMs % 1000) * 1e6);
-        return describeSnapshot(await this.#run((file) => createSnapshot(file, { name, seconds, nanoseconds })));
-      }
-      case 'bitmaps':
-        return this.#image.bitmaps.map((bitmap) => this.#describeBitmap(bitmap));
-      case 'addBitmap':
-        await this.#run((file) => addBitmap(file, { name, ...granularityOf(params) }));
-        return true;
-      case 'removeBitmap':
-        await this.#run((file) => removeBitmap(file, name));
-        return true;
-      case 'clearBitmap':
-        await this.#run((file) => clearBitmap(file, name));
-        return true;
-      case 'stream':
-        return this.#startStream(Number(params['bytesPerSecond'] ?? 0));
-      case 'job':
-        return this.#job?.describe() ?? null;
-      case 'cancelJob':
-        this.#job?.cancel();
-        return this.#job?.describe() ?? null;
-      case 'deleteSnapshot':
-        await this.#run((file) => deleteSnapshot(file, name));
-        return true;
-      case 'applySnapshot':
-        await this.#run((file) => this.#apply(file, name));
-        return true;
-      default:
-        throw new BdevError(
-          'no-such-operation',
-          'operation',
-          `a qcow2 bdev knows no ${operation}`,
-          'see docs/qcow2.md',
-        );
-    }
+  async operate(operation: string, params: Params): Promise<unknown> {
+    return this.#operations.operate(operation, params);
   }
 
   describe(): Record<string, unknown> {
@@ -249,14 +208,13 @@ class Qcow2Bdev implements Bdev {
       replayed: this.#replayed,
       repaired: this.#repaired,
       damage: this.#damage,
-      job: this.#job?.describe() ?? null,
+      job: this.#operations.describe(),
     };
   }
 
   destroy(): void {
     const engine = this.#engine;
-    this.#job?.cancel();
-    while (this.#job?.isRunning === true) this.#reactor.step();
+    this.#operations.stop();
     if (engine.committer !== null && engine.allocator !== null) {
       try {
         this.#complete(engine.settleAll(() => this.#flush()));
@@ -334,93 +292,10 @@ class Qcow2Bdev implements Bdev {
     yield* request.run();
   }
 
-  /** Copies all that shows through from below into the image, then lets go of what is below. */
-  #startStream(bytesPerSecond: number): Record<string, unknown> {
-    const engine = this.#engine;
-    if (this.#job?.isRunning === true) {
-      throw new BdevError('busy', 'name', `${this.name} has a job: ${this.#job.type}`, 'wait for it, or cancel it');
-    }
-    if (engine.isReadOnly)
-      throw new BdevError('read-only', 'name', `${this.name} is not written to`, 'open it for writing');
-    if (engine.layers.length < 2) {
-      throw new BdevError('no-backing', 'name', `${this.name} has nothing below it`, 'there is nothing to be done');
-    }
-    const job = new ImageJob('stream', this.#image.sizeBytes, this.#reactor, bytesPerSecond);
-    this.#job = job;
-    startTask(
-      this.#stream(job),
-      () => job.end(null),
-      (error) => job.end(error),
-    );
-    return job.describe();
-  }
-
-  *#stream(job: ImageJob): Task<void> {
-    const engine = this.#engine;
-    const request = new TaskIo({ submit: (io) => engine.populate(io), close: () => undefined }, this);
-    // A disk that grows meanwhile has nothing below its former end.
-    for (let offset = 0; offset < job.totalBytes; offset += STREAM_BYTES) {
-      yield* engine.thawed();
-      const lengthBytes = Math.min(STREAM_BYTES, job.totalBytes - offset);
-      request.io.prepare(IoType.write, offset, lengthBytes, 0);
-      yield* request.run();
-      yield* job.advance(lengthBytes);
-    }
-    yield* engine.thawed();
-    yield* this.#edit(function* (file) {
-      yield* changeBackingFile(file, null, null);
-      engine.unback();
-    });
-  }
-
-  #describeBitmap({ name, granularityBits, flags }: Bitmap): Record<string, unknown> {
-    const bits = this.#engine.bitmaps?.get(name);
-    return {
-      name,
-      granularity: 2 ** granularityBits,
-      isRecording: bits !== undefined,
-      isInconsistent: bits === undefined && (flags & BitmapFlag.inUse) !== 0,
-      dirtyBytes: bits?.dirtyBytes ?? null,
-    };
-  }
-
-  *#apply(file: ImageFile, name: string): Task<void> {
-    const snapshot = findSnapshot(this.#image.snapshots, name);
-    if (snapshot.sizeBytes < this.#image.sizeBytes) {
-      throw new BdevError(
-        'shrinks',
-        'snapshot',
-        `the disk had ${snapshot.sizeBytes} bytes then, and a disk in use does not shrink`,
-        'stop the daemon and use `strata img snapshot -a`',
-      );
-    }
-    yield* applySnapshot(file, name);
-  }
-
   /** What a resize has to know beside the image itself. */
   #dataFile(): ResizeOptions {
     const bdev = this.#data;
     return bdev === null ? {} : { dataFile: new ChannelFile(bdev, this.#engine.dataChannel, this.#reactor) };
-  }
-
-  async #run<T>(work: (file: ImageFile) => Task<T>): Promise<T> {
-    const result = await new Promise<T>((resolve, reject) => {
-      // What waits for the promise is run by the event loop.
-      const end = (): void => this.#reactor.endSlice();
-      startTask(
-        this.#edit(work),
-        (value) => {
-          end();
-          resolve(value);
-        },
-        (error) => {
-          end();
-          reject(error instanceof Error ? error : new Error(String(error)));
-        },
-      );
-    });
-    this.size.rescan();
-    return result;
   }
 
   /**
@@ -605,25 +480,6 @@ class Qcow2Bdev implements Bdev {
       () => undefined,
     );
   }
-}
-
-/** Throws BdevError. */
-function granularityOf({ granularity }: Readonly<Record<string, unknown>>): { granularityBits?: number } {
-  if (granularity === undefined || granularity === null) return {};
-  const bits = Math.log2(Number(granularity));
-  if (Number.isInteger(bits)) return { granularityBits: bits };
-  throw new BdevError('bad-granularity', 'granularity', 'the granularity is no power of two', 'use 65536, for example');
-}
-
-function describeSnapshot({
-  id,
-  name,
-  seconds,
-  nanoseconds,
-  sizeBytes,
-  vmStateBytes,
-}: Snapshot): Record<string, unknown> {
-  return { id, name, date: new Date(seconds * 1000 + nanoseconds / 1e6).toISOString(), sizeBytes, vmStateBytes };
 }
 
 export const qcow2Module: BdevModule<Qcow2Config> = {

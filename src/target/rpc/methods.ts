@@ -119,6 +119,19 @@ export const METHODS: readonly RpcMethod[] = [
       daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, 'stream', { bytesPerSecond }),
   }),
   method({
+    name: 'bdev_qcow2_backup',
+    summary:
+      'copies a qcow2 disk as it is now to the bdev `target`, or what was written since the last time, by `bitmap`: a job',
+    params: z.strictObject({
+      name,
+      target: z.string(),
+      bitmap: z.string().optional(),
+      bytes_per_second: size.optional(),
+    }),
+    call: (daemon, { name: bdev, target, bitmap = '', bytes_per_second: bytesPerSecond = 0 }) =>
+      daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, 'backup', { target, bitmap, bytesPerSecond }),
+  }),
+  method({
     name: 'bdev_qcow2_job_get',
     summary: 'how far the last job of a qcow2 disk is, null when there was none',
     params: z.strictObject({ name }),
