@@ -34,7 +34,7 @@ export interface CrashOptions {
   readonly imagesMax?: number;
   /** Moments of an opening at which the process dies at most, evenly over it. Default: all. */
   readonly openingsMax?: number;
-  /** Looks at the disks as a crash left them, before they are opened. Throws Violation. */
+  /** Looks at the disks as a crash left them, before they are opened, and when they were opened and closed. Throws Violation. */
   readonly verify?: (disks: readonly Uint8Array[]) => void;
 }
 
@@ -237,6 +237,7 @@ class Enumeration {
       contents.push(readAll(life, this.#options.sectors));
       life.close();
     }
+    this.#options.verify?.(disks.map(({ view }) => view));
     machine.close();
     const [words, wordsAgain] = contents as [Uint32Array, Uint32Array];
     if (Buffer.compare(Buffer.from(words.buffer), Buffer.from(wordsAgain.buffer)) !== 0) {

@@ -14,7 +14,6 @@ const FILE_BYTES = 32768;
 
 const IMAGES = [
   ['clusters of 512', newImage('cluster_size=512', SECTORS, FILE_BYTES)],
-  ['clusters of 1024', newImage('cluster_size=1024', SECTORS, FILE_BYTES)],
   ['clusters of 4096, full', newImage('cluster_size=4096', SECTORS, 65536, 'write -P 0 0 4096')],
 ] as const;
 

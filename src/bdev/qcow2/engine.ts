@@ -35,6 +35,8 @@ import type { Task } from './task.js';
 import { WaitList, sleep } from './wait-list.js';
 import type { Sleeper } from './wait-list.js';
 
+/** Clusters whose storage is given back by one request. */
+const LOWERED_MAX = 4096;
 /** Zeroes to write from. */
 const ZEROES_BYTES = 64 * 1024;
 /** Memory for what is copied around data, at most, but for four buffers. */
@@ -51,18 +53,30 @@ export interface Layer {
 
 /** References that were dropped, in the order in which it happened. */
 export class DroppedList implements Dropped {
-  #pairs: number[] = [];
+  readonly #pairs: number[] = [];
+  #closed = 0;
 
   get length(): number {
     return this.#pairs.length / 2;
   }
 
   add(cluster: number, count: number): void {
-    this.#pairs.push(cluster, count);
+    const end = this.#pairs.length;
+    // What is dropped in a row is one entry, unless that is being made durable.
+    const isNext = end > this.#closed && this.#pairs[end - 2]! + this.#pairs[end - 1]! === cluster;
+    if (isNext) this.#pairs[end - 1]! += count;
+    else this.#pairs.push(cluster, count);
+  }
+
+  /** What is here stays as it is. Returns its length. */
+  close(): number {
+    this.#closed = this.#pairs.length;
+    return this.length;
   }
 
   /** Takes the first `length` away. */
   split(length: number): number[] {
+    this.#closed -= length * 2;
     return this.#pairs.splice(0, length * 2);
   }
 }
@@ -404,7 +418,7 @@ export class Engine implements IoOwner {
 
   /** A round of the committer begins: what was dropped by now is durable when it ends. */
   onRoundBegin(): void {
-    this.#droppedAtBegin = this.dropped.length;
+    this.#droppedAtBegin = this.dropped.close();
   }
 
   onRound(isAll: boolean): void {
@@ -440,17 +454,32 @@ export class Engine implements IoOwner {
 
   *#lower(pairs: readonly number[]): Task<void> {
     for (let i = 0; i < pairs.length; i += 2) {
-      for (let cluster = pairs[i]!; cluster < pairs[i]! + pairs[i + 1]!; cluster++) {
-        yield* this.roomInLog();
-        const value = yield* this.allocator!.lower(cluster);
-        if (this.log === null || value < 0) continue;
-        this.log.first = cluster;
-        this.log.value.fill(0);
-        this.log.value[0] = Math.floor(value / 2 ** 32);
-        this.log.value[1] = value % 2 ** 32;
-        this.log.append(RecordKind.refcount, 1);
-      }
+      const end = pairs[i]! + pairs[i + 1]!;
+      for (let first = pairs[i]!; first < end;)
+        first = yield* this.#lowerSome(first, Math.min(end, first + LOWERED_MAX));
     }
+  }
+
+  /** Takes a reference from clusters that lie together; storage of those that are free then is given back. Returns their end. */
+  *#lowerSome(first: number, end: number): Task<number> {
+    const allocator = this.allocator!;
+    const { file, geometry } = this.top;
+    let alone = first;
+    while (alone < end && (yield* allocator.refcount(alone)) === 1) alone++;
+    // As long as they are counted, nobody takes them.
+    if (alone > first) yield* file.deallocate(first * geometry.clusterBytes, (alone - first) * geometry.clusterBytes);
+    const lowered = Math.max(alone, first + 1);
+    for (let cluster = first; cluster < lowered; cluster++) {
+      yield* this.roomInLog();
+      const value = yield* allocator.lower(cluster);
+      if (this.log === null || value < 0) continue;
+      this.log.first = cluster;
+      this.log.value.fill(0);
+      this.log.value[0] = Math.floor(value / 2 ** 32);
+      this.log.value[1] = value % 2 ** 32;
+      this.log.append(RecordKind.refcount, 1);
+    }
+    return lowered;
   }
 
   #flush(io: BdevIo): void {

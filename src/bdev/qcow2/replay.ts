@@ -5,20 +5,44 @@
 import { BdevError } from '../bdev.js';
 import type { Engine } from './engine.js';
 import { badImage } from './image-error.js';
+import type { Dropped } from './l2.js';
 import { ENTRY_COMPRESSED, entryProblem, hostOf, readHosts, swap32 } from './l2.js';
 import { RecordKind } from './restart-log.js';
 import type { LogRecord, RestartLog } from './restart-log.js';
 import type { Task } from './task.js';
 import { sleep } from './wait-list.js';
 
+/**
+ * References that are given up by the whole of the log. A process may have been killed while it carried the log out: then entries are
+ * further than the records that come first, and what those drop is what later ones enter again.
+ */
+class DroppedByLog implements Dropped {
+  readonly #counts = new Map<number, number>();
+
+  add(cluster: number, count: number): void {
+    for (let i = cluster; i < cluster + count; i++) this.#counts.set(i, (this.#counts.get(i) ?? 0) + 1);
+  }
+
+  /** An entry refers to it from here on. */
+  entered(cluster: number): void {
+    this.#counts.delete(cluster);
+  }
+
+  giveUp(dropped: Dropped): void {
+    for (const [cluster, count] of this.#counts) for (let i = 0; i < count; i++) dropped.add(cluster, 1);
+  }
+}
+
 /** Returns how many records there were. Throws BdevError. */
 export function* replay(engine: Engine, log: RestartLog): Task<number> {
   const records = [...log.records()];
-  for (const record of records) yield* apply(engine, record);
+  const dropped = new DroppedByLog();
+  for (const record of records) yield* apply(engine, record, dropped);
+  dropped.giveUp(engine.dropped);
   return records.length;
 }
 
-function* apply(engine: Engine, record: LogRecord): Task<void> {
+function* apply(engine: Engine, record: LogRecord, dropped: DroppedByLog): Task<void> {
   const { top, allocator } = engine;
   const { clusterBytes } = top.geometry;
   const { kind, first, count, value } = record;
@@ -27,7 +51,7 @@ function* apply(engine: Engine, record: LogRecord): Task<void> {
     case RecordKind.map:
     case RecordKind.set:
       for (let i = 0; i < count; i++) {
-        yield* applyEntry(engine, record, first + i, kind === RecordKind.map ? i * clusterBytes : 0);
+        yield* applyEntry(engine, record, dropped, first + i, kind === RecordKind.map ? i * clusterBytes : 0);
       }
       return;
     case RecordKind.table:
@@ -43,7 +67,13 @@ function* apply(engine: Engine, record: LogRecord): Task<void> {
   }
 }
 
-function* applyEntry(engine: Engine, { kind, value }: LogRecord, cluster: number, step: number): Task<void> {
+function* applyEntry(
+  engine: Engine,
+  { kind, value }: LogRecord,
+  dropped: DroppedByLog,
+  cluster: number,
+  step: number,
+): Task<void> {
   const { top, allocator } = engine;
   const { geometry, l2 } = top;
   const { clusterBytes, entryWords } = geometry;
@@ -67,7 +97,8 @@ function* applyEntry(engine: Engine, { kind, value }: LogRecord, cluster: number
   if (slot < 0) throw new BdevError('io-error', 'l2_cache', 'the cache of L2 tables is too small', 'make it larger');
   const at = l2.wordsOf(slot) + (cluster % geometry.clustersPerSlice) * entryWords;
   const isCompressed = (swap32(l2.words[at]!) & ENTRY_COMPRESSED) !== 0;
-  if (isCompressed || hostOf(l2.words, at) !== host) readHosts(geometry, l2.words, at, engine.dropped);
+  if (isCompressed || hostOf(l2.words, at) !== host) readHosts(geometry, l2.words, at, dropped);
+  if (host !== 0) dropped.entered(host / clusterBytes);
   for (let i = 0; i < entryWords; i++) l2.words[at + i] = entry[i]!;
   l2.markDirty(slot);
   engine.noteChange();

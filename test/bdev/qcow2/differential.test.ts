@@ -8,7 +8,7 @@ import { describe, it } from 'vitest';
 import { seed } from '../../support/seed.js';
 import { differentialCase, runDifferential } from './differential.js';
 
-const CASES = Number(process.env['STRATA_CASES'] ?? 100);
+const CASES = Number(process.env['STRATA_CASES'] ?? 40);
 
 describe('A script of requests', () => {
   it(`comes to the same by us and by QEMU, in ${CASES} cases`, { timeout: 60_000 + CASES * 2000 }, () => {

@@ -4,7 +4,7 @@
  *
  * Method: a disk under random writes on a real reactor; QEMU judges the image and reads the snapshots.
  */
-import { copyFileSync, readFileSync, writeFileSync } from 'node:fs';
+import { copyFileSync, readFileSync, statSync, writeFileSync } from 'node:fs';
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { BdevError } from '../../../src/bdev/bdev.js';
 import { IoStatus, IoType } from '../../../src/bdev/bdev-io.js';
@@ -239,4 +239,23 @@ describe('Dirty bitmaps of a disk in use', () => {
     writeFileSync(qemu.path('copy'), bytes);
     return (qemu.info('copy')['format-specific'] as { data: { bitmaps: unknown } }).data.bitmaps;
   }
+});
+
+describe('A disk that is emptied', () => {
+  it('gives its storage back, and leaves nothing of it in the image', () => {
+    open('cluster_size=64k');
+    const before = statSync(qemu.path('image')).blocks;
+    for (let at = 0; at < DISK_BYTES; at += 2 ** 20) disk.write(at, Buffer.alloc(2 ** 20, 0x5a));
+    disk.run(IoType.flush);
+    disk.forget();
+    expect(statSync(qemu.path('image')).blocks * 512).toBeGreaterThan(DISK_BYTES);
+    disk.run(IoType.discard, 0, DISK_BYTES);
+    disk.run(IoType.flush);
+    disk.close();
+    // Tables are left.
+    expect((statSync(qemu.path('image')).blocks - before) * 512).toBeLessThan(512 * 1024);
+    model = Buffer.alloc(DISK_BYTES);
+    expectImage();
+    expect(readFileSync(qemu.path('image')).includes(Buffer.alloc(4096, 0x5a))).toBe(false);
+  });
 });
