@@ -6,7 +6,7 @@
 import { describe, expect, it } from 'vitest';
 import { crashEnumeration, OPERATIONS } from './crash-enumeration.js';
 import { failNth } from './fail-nth.js';
-import { expectWhole, newImage, qcow2Stack } from './qcow2.js';
+import { expectWhole, newImage, qcow2Stack, qcow2WithoutLog } from './qcow2.js';
 
 const TIMEOUT_MS = 240_000;
 const SECTORS = 8;
@@ -24,6 +24,20 @@ describe('After a crash anywhere a qcow2 disk', () => {
     console.log(`${name}: ${JSON.stringify(one)}`);
     expect(one.images).toBeGreaterThan(100);
   });
+});
+
+describe('Without a log a qcow2 disk', () => {
+  it.each(IMAGES.slice(0, 2))(
+    'of %s answers nothing that a kill would undo',
+    { timeout: TIMEOUT_MS },
+    (name, image) => {
+      const options = { diskBytes: [image.length], images: [image], stack: qcow2WithoutLog, sectors: SECTORS };
+      const limits = { length: 2, imagesMax: 4, openingsMax: 1, together: true };
+      const one = crashEnumeration({ ...options, ...limits, verify: expectWhole });
+      console.log(`${name}: ${JSON.stringify(one)}`);
+      expect(one.images).toBeGreaterThan(50);
+    },
+  );
 });
 
 describe('When one request of the file fails a qcow2 disk', () => {

@@ -5,6 +5,7 @@ import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { BdevConfig } from '../../src/bdev/bdev.js';
 import { checkImage } from '../../src/bdev/qcow2/check.js';
+import type { CheckReport } from '../../src/bdev/qcow2/check.js';
 import type { ImageFile } from '../../src/bdev/qcow2/image-file.js';
 import { completeTask } from '../../src/bdev/qcow2/task.js';
 import { qcow2On } from '../bdev/stacks.js';
@@ -31,12 +32,18 @@ export const qcow2Stack: Stack = ([path], memoryDir): readonly BdevConfig[] => [
   qcow2On({ restartDir: memoryDir, codecThreads: 0 })('volume', 'file'),
 ];
 
-/** After a crash an image may have clusters that nobody uses, and nothing else. Throws Violation. */
-export function expectWhole([image]: readonly Uint8Array[]): void {
+/** The same without what outlives a kill: changes are durable before they are answered. */
+export const qcow2WithoutLog: Stack = ([path]): readonly BdevConfig[] => [
+  simDisk('file', path!),
+  qcow2On({ restartDir: null, codecThreads: 0 })('volume', 'file'),
+];
+
+/** What a check finds in an image. */
+export function checkBytes(image: Uint8Array): CheckReport {
   const file: ImageFile = {
-    sizeBytes: image!.length,
+    sizeBytes: image.length,
     *read(offset, bytes) {
-      const there = image!.subarray(offset, offset + bytes.length);
+      const there = image.subarray(offset, offset + bytes.length);
       bytes.set(there);
       bytes.fill(0, there.length);
     },
@@ -44,7 +51,12 @@ export function expectWhole([image]: readonly Uint8Array[]): void {
     sync: refuse,
     grow: refuse,
   };
-  const report = completeTask(checkImage(file, { repair: 'none' }), () => undefined);
+  return completeTask(checkImage(file, { repair: 'none' }), () => undefined);
+}
+
+/** After a crash an image may have clusters that nobody uses, and nothing else. Throws Violation. */
+export function expectWhole([image]: readonly Uint8Array[]): void {
+  const report = checkBytes(image!);
   if (report.corruptions > 0 || report.checkErrors > 0) throw new Violation(`the image: ${JSON.stringify(report)}`);
 }
 

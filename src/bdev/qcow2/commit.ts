@@ -98,6 +98,11 @@ export class Committer implements IoOwner, Timer {
     return image.l2.dirtyCount > 0 || this.#l1Dirty.size > 0 || allocator.cache.dirtyCount > 0;
   }
 
+  /** Entries of the L1 table wait to be written. */
+  get isL1Dirty(): boolean {
+    return this.#l1Dirty.size > 0;
+  }
+
   get isIdle(): boolean {
     return this.#phase === Phase.idle;
   }

@@ -173,13 +173,23 @@ export class Engine implements IoOwner {
     extent.offsetBytes = io.offsetBytes;
     extent.wantedBytes = io.lengthBytes;
     if (!this.top.find(extent) || extent.kind !== Mapped.data || extent.lengthBytes < io.lengthBytes) return false;
-    if (io.type === IoType.write && (!extent.isCopied || this.isReadOnly)) return false;
+    if (io.type === IoType.write && (!extent.isCopied || this.isReadOnly || this.isUnsettled(io))) return false;
     io.notes[io.depth] = io.offsetBytes;
     io.push(this, this.#epoch);
     this.#underWay[this.#epoch]!++;
     io.offsetBytes = extent.hostOffset;
     this.dataChannel.submit(io);
     return true;
+  }
+
+  /**
+   * Whether the mapping of these bytes would be lost if this process were killed: without a log, what goes by it is answered when it is
+   * in the file, whoever made it.
+   */
+  isUnsettled({ offsetBytes }: { readonly offsetBytes: number }): boolean {
+    if (this.log !== null || this.committer === null) return false;
+    const slot = this.top.l2.find(this.top.sliceOf(offsetBytes));
+    return this.committer.isL1Dirty || (slot >= 0 && !this.top.l2.isSettled(slot));
   }
 
   onDone(io: BdevIo, epoch: number): void {

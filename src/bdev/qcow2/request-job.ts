@@ -207,6 +207,7 @@ export class RequestJob extends Sleeper {
       return;
     }
     if (extent.kind === Mapped.data && extent.isCopied) {
+      if (engine.isUnsettled(extent)) this.hasChanged = true;
       this.#transfer(IoType.write, engine.dataChannel, extent.hostOffset, extent.lengthBytes);
       return;
     }
@@ -345,7 +346,8 @@ export class RequestJob extends Sleeper {
   }
 
   #writeZeroes(end: number): void {
-    const { top } = this.#engine;
+    const engine = this.#engine;
+    const { top, extent } = engine;
     // The slice has to be there to be asked.
     if (top.l1[top.tableOf(this.#position)] !== 0 && top.l2.find(top.sliceOf(this.#position)) < 0) {
       this.#isSleeping = true;
@@ -353,7 +355,9 @@ export class RequestJob extends Sleeper {
       return;
     }
     const length = Math.min(end, (top.sliceOf(this.#position) + 1) * top.geometry.sliceCoverageBytes) - this.#position;
-    if (this.#engine.readsAsZeroes(this.#position, length)) {
+    extent.offsetBytes = this.#position;
+    if (engine.readsAsZeroes(this.#position, length)) {
+      if (engine.isUnsettled(extent)) this.hasChanged = true;
       const { clusterBytes } = top.geometry;
       const first = Math.floor(this.#position / clusterBytes);
       // Somebody who writes there right now decides what it is.

@@ -142,6 +142,11 @@ export class SliceCache {
     return (this.#flags[slot]! & DIRTY) !== 0;
   }
 
+  /** Whether what a slot holds is in the file. */
+  isSettled(slot: number): boolean {
+    return (this.#flags[slot]! & (DIRTY | WRITING)) === 0;
+  }
+
   markDirty(slot: number): void {
     const flags = this.#flags[slot]!;
     if ((flags & DIRTY) === 0) this.#dirtySlots[this.dirtyCount++] = slot;
