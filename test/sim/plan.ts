@@ -8,6 +8,8 @@ import * as stacks from '../bdev/stacks.js';
 import type { Filter } from '../bdev/stacks.js';
 import { Feature, ProtocolFeature } from '../frontend/protocol.js';
 import type { Fault } from './sim-ring.js';
+import { chooseImage } from './sim-image.js';
+import type { SimImage } from './sim-image.js';
 
 export const REQUEST_TYPES = ['read', 'write', 'flush', 'getId', 'discard', 'writeZeroes', 'wrong'] as const;
 export type RequestType = (typeof REQUEST_TYPES)[number];
@@ -51,6 +53,8 @@ export type Action = {
 export interface Setup {
   readonly leaf: 'uring' | 'malloc';
   readonly filters: readonly Filter[];
+  /** The disk holds an image of these, or is the guest's as it is. */
+  readonly image: SimImage | null;
   /** In words. */
   readonly stack: string;
   /** The stack itself fails requests. */
@@ -101,7 +105,7 @@ function mixed(state: number): number {
 
 export function makePlan(seed: number): Plan {
   const random = randomFor(seed, 'plan');
-  const setup = makeSetup(random);
+  const setup = makeSetup(random, seed);
   const count = 20 + random.below(random.below(4) === 0 ? 300 : 120);
   const actions: Action[] = [];
   const paceUs = [2, 20, 100][random.below(3)]!;
@@ -162,16 +166,21 @@ function chooseControl(random: SeededRandom): Control {
   ]);
 }
 
-function makeSetup(random: SeededRandom): Setup {
+function makeSetup(random: SeededRandom, seed: number): Setup {
   const leaf = random.below(12) === 0 ? 'malloc' : 'uring';
   const blockSectors = random.below(6) === 0 ? 8 : 1;
   const chosen = chooseFilters(random, blockSectors);
+  // Of its own source: other runs are as they were without it.
+  const names = chosen.map(({ name }) => name);
+  const image = leaf === 'uring' ? chooseImage(randomFor(seed, 'image'), blockSectors, names) : null;
+  if (image !== null) names.splice(image.at, 0, image.name);
   const some = (features: readonly number[]): number[] => features.filter(() => random.below(3) === 0);
   const queues = 1 + random.below(3);
   return {
     leaf,
     filters: chosen.map(({ filter }) => filter),
-    stack: [...chosen.map(({ name }) => name).reverse(), leaf].join(' over '),
+    image,
+    stack: [...names.reverse(), leaf].join(' over '),
     mayFail: chosen.some(({ name }) => name === 'error'),
     sectors: [64, 256, 1024][random.below(3)]!,
     blockSectors,

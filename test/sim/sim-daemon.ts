@@ -5,6 +5,7 @@ import { modules } from '../../src/bdev/modules.js';
 import { BdevRegistry } from '../../src/bdev/registry.js';
 import type { UringConfig } from '../../src/bdev/uring/uring.js';
 import { BlkController } from '../../src/vhost-user/blk-controller.js';
+import { qcow2On } from '../bdev/stacks.js';
 import { limitedModule } from '../support/limited.js';
 import { Violation } from './oracle.js';
 import { randomFor } from './plan.js';
@@ -12,13 +13,19 @@ import type { Setup } from './plan.js';
 import { SECTOR_BYTES } from './sim-disk.js';
 import { SERIAL } from './sim-guest.js';
 import { SimReactor } from './sim-reactor.js';
-import { SimRing } from './sim-ring.js';
-import type { SimRingOptions } from './sim-ring.js';
+import type { SimRing } from './sim-ring.js';
+import type { Timeline } from './timeline.js';
 
 const knownModules = [...modules, limitedModule] as unknown as readonly BdevModule<BdevConfig>[];
 
 export interface DaemonOptions {
   readonly seed: number;
+  /** Daemons before this one. */
+  readonly lives: number;
+  readonly timeline: Timeline;
+  readonly diskPath: string;
+  /** A folder on a tmpfs: what lies there outlives a daemon. */
+  readonly memoryDir: string;
   /** Listening socket, taken over. */
   readonly listenFd: number;
   readonly log: (text: string) => void;
@@ -32,20 +39,20 @@ export class SimDaemon {
   readonly listenFd: number;
   readonly #stats: IoStats[];
 
-  constructor(setup: Setup, diskPath: string, ringOptions: SimRingOptions, options: DaemonOptions) {
+  constructor(setup: Setup, ring: SimRing, options: DaemonOptions) {
     this.listenFd = options.listenFd;
-    this.ring = new SimRing(ringOptions);
+    this.ring = ring;
     this.reactor = new SimReactor({
       name: 'sim',
-      arena: ringOptions.arena,
-      ring: this.ring,
-      clock: ringOptions.timeline,
-      random: randomFor(options.seed, 'reactor'),
+      arena: ring.arena,
+      ring,
+      clock: options.timeline,
+      random: randomFor(options.seed, options.lives === 0 ? 'reactor' : `reactor ${options.lives}`),
       mode: setup.mode,
       pollUs: setup.pollUs,
     });
     this.registry = new BdevRegistry(this.reactor, knownModules);
-    const configs = stackConfigs(setup, diskPath);
+    const configs = stackConfigs(setup, options);
     for (const config of configs) this.registry.create(config);
     const open: OpenBdev = this.registry.open(configs.at(-1)!.name, 'sim', 'bdev');
     this.#stats = configs.map(({ name }) => this.registry.stats(name)!);
@@ -74,7 +81,7 @@ export class SimDaemon {
   }
 }
 
-function stackConfigs(setup: Setup, diskPath: string): BdevConfig[] {
+function stackConfigs(setup: Setup, { diskPath, memoryDir }: DaemonOptions): BdevConfig[] {
   const blockSizeBytes = (setup.blockSectors * SECTOR_BYTES) as 512 | 4096;
   const uring: UringConfig = {
     name: 'leaf',
@@ -90,6 +97,11 @@ function stackConfigs(setup: Setup, diskPath: string): BdevConfig[] {
   };
   const malloc = { name: 'leaf', module: 'malloc', sizeBytes: setup.sectors * SECTOR_BYTES, blockSizeBytes };
   const configs: BdevConfig[] = [setup.leaf === 'uring' ? uring : malloc];
-  setup.filters.forEach((filter, i) => configs.push(filter(`filter${i}`, configs.at(-1)!.name)));
+  const { image } = setup;
+  const filters = [...setup.filters];
+  if (image !== null) {
+    filters.splice(image.at, 0, qcow2On({ restartDir: image.isLogged ? memoryDir : null, codecThreads: 0 }));
+  }
+  filters.forEach((filter, i) => configs.push(filter(`filter${i}`, configs.at(-1)!.name)));
   return configs;
 }

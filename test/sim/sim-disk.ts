@@ -23,27 +23,48 @@ export interface DirtyWrite {
 }
 
 /** A sync under way: what it will cover. */
-export type Sync = readonly DirtyWrite[];
+export interface Sync {
+  readonly writes: readonly DirtyWrite[];
+  readonly fileBytes: number;
+}
+
+/** The file on a disk, where it is shorter than its room and grows: its length is durable with a sync, as data is. */
+export interface SimFile {
+  readonly sizeBytes: () => number;
+  readonly truncate: (sizeBytes: number) => void;
+}
 
 export class SimDisk {
   readonly sizeBytes: number;
   readonly view: Uint8Array;
   /** The file system below can zero a range. */
   canZeroRange = true;
+  readonly #file: SimFile | null;
+  #durableFileBytes: number;
+  /** Nothing was ever written from here on. */
+  #usedBytes = 0;
   readonly #durable: Uint8Array;
   /** By sector, the order of the write whose bytes are durable. */
   readonly #durableOrder: Float64Array;
   #dirty: DirtyWrite[] = [];
   #effects = 0;
 
-  constructor(sizeBytes: number, image?: Uint8Array) {
+  constructor(sizeBytes: number, image?: Uint8Array, file: SimFile | null = null) {
     this.sizeBytes = sizeBytes;
+    this.#file = file;
+    this.#durableFileBytes = this.fileBytes;
     this.view = new Uint8Array(sizeBytes);
     this.#durable = new Uint8Array(sizeBytes);
     this.#durableOrder = new Float64Array(sizeBytes / SECTOR_BYTES);
     if (image === undefined) return;
     this.view.set(image);
     this.#durable.set(image);
+    this.#usedBytes = image.length;
+  }
+
+  /** Length of what lies on the disk. */
+  get fileBytes(): number {
+    return this.#file?.sizeBytes() ?? this.sizeBytes;
   }
 
   get dirtyWrites(): readonly DirtyWrite[] {
@@ -57,22 +78,24 @@ export class SimDisk {
     if (copy === null) this.view.fill(0, offsetBytes, offsetBytes + lengthBytes);
     else this.view.set(copy, offsetBytes);
     this.#dirty.push(write);
+    this.#usedBytes = Math.max(this.#usedBytes, offsetBytes + lengthBytes);
     return write;
   }
 
   /** @param random decides on what has taken effect but is not completed */
   beginSync(random: SeededRandom): Sync {
-    return this.#dirty.filter((write) => write.completed || random.below(2) === 0);
+    const writes = this.#dirty.filter((write) => write.completed || random.below(2) === 0);
+    return { writes, fileBytes: this.fileBytes };
   }
 
   endSync(sync: Sync): void {
-    for (const write of sync) this.#harden(write);
-    this.#dirty = this.#dirty.filter((write) => !sync.includes(write));
+    this.#durableFileBytes = Math.max(this.#durableFileBytes, sync.fileBytes);
+    this.#hardenAll(sync.writes);
   }
 
   /** A write that asked for it is durable by itself. */
   harden(write: DirtyWrite): void {
-    this.endSync([write]);
+    this.#hardenAll([write]);
   }
 
   /** The power goes: decides on every dirty write, and starts anew with what is left. */
@@ -96,6 +119,11 @@ export class SimDisk {
         this.#placeSector(image, write, i);
       }
     }
+    if (this.#file !== null && random.below(2) === 0) {
+      image.fill(0, this.#durableFileBytes, this.#usedBytes);
+      this.#file.truncate(this.#durableFileBytes);
+    }
+    this.#durableFileBytes = this.fileBytes;
     this.#restart();
   }
 
@@ -120,6 +148,11 @@ export class SimDisk {
     return this.#durable.slice();
   }
 
+  #hardenAll(writes: readonly DirtyWrite[]): void {
+    for (const write of writes) this.#harden(write);
+    this.#dirty = this.#dirty.filter((write) => !writes.includes(write));
+  }
+
   #harden(write: DirtyWrite): void {
     const first = write.offsetBytes / SECTOR_BYTES;
     for (let i = 0; i < write.lengthBytes / SECTOR_BYTES; i++) {
@@ -139,7 +172,7 @@ export class SimDisk {
   }
 
   #restart(): void {
-    this.view.set(this.#durable);
+    this.view.set(this.#durable.subarray(0, this.#usedBytes));
     this.#durableOrder.fill(this.#effects);
     this.#dirty = [];
   }

@@ -28,8 +28,8 @@ import { SplitRing } from './split-ring.js';
 
 export interface GuestWorld {
   nowUs(): number;
-  /** Faults so far that a guest may see as an error. */
-  errorFaults(): number;
+  /** Requests that began by then may be answered by an error. */
+  faultyUs(): number;
   /** The daemon sees a kick. */
   kicked(kickFd: number): void;
   trace(kind: 'request' | 'answer' | 'kick' | 'call', ...numbers: readonly number[]): void;
@@ -68,8 +68,9 @@ interface Slot {
   changes: Change[];
   /** Moment of the oracle at which it was offered. */
   began: number;
+  /** When it was offered; since when the device could work on it. */
+  offeredUs: number;
   sinceUs: number;
-  errorFaults: number;
   /** A write that was promised to be durable when it is answered. */
   isDurable: boolean;
   expected: 'ok' | 'ioError' | 'unsupported';
@@ -179,8 +180,8 @@ export class SimGuest {
     slot.pieces = pieces;
     scatter(this.ram, pieces, out);
     for (const piece of pieces) if (piece.writable) this.ram.fill(piece.address, piece.lengthBytes, STATUS_UNANSWERED);
-    slot.sinceUs = this.#world.nowUs();
-    slot.errorFaults = this.#world.errorFaults();
+    slot.offeredUs = this.#world.nowUs();
+    slot.sinceUs = slot.offeredUs;
     slot.isDurable = this.writesThrough;
     const { sector, sectors, type } = action;
     this.#world.trace(
@@ -267,8 +268,8 @@ export class SimGuest {
       inBytes: 0,
       changes: [],
       began: 0,
+      offeredUs: 0,
       sinceUs: 0,
-      errorFaults: 0,
       isDurable: false,
       expected: 'ok',
     }));
@@ -406,7 +407,7 @@ export class SimGuest {
       return;
     }
     if (status === Status.ok) return;
-    const isExcused = this.#setup.mayFail || this.#world.errorFaults() > slot.errorFaults;
+    const isExcused = this.#setup.mayFail || slot.offeredUs <= this.#world.faultyUs();
     if (status !== Status.ioError || !isExcused) throw new Violation(`a ${type} was answered by status ${status}`);
   }
 

@@ -65,6 +65,8 @@ export interface SimRingOptions {
   readonly latencyUs: (request: SimRequest) => number;
   /** Asked once for each request as it is submitted. */
   readonly fault: (request: SimRequest) => Fault | null;
+  /** Called when a request completes that failed. */
+  readonly failed?: () => void;
   /** Lets the world outside go on until a time; returns early when `enough` says so. May throw to end the daemon. */
   readonly pass: (untilUs: number, enough?: () => boolean) => void;
   /** Time that one step of the reactor takes. */
@@ -328,7 +330,7 @@ export class SimRing implements Ring {
     if (fault !== null) trace.add(timeline.nowUs(), 'fault', request.number, FAULTS.indexOf(fault));
     const running: Running = { request, outcome: null };
     this.#running.add(running);
-    const sync = opcode === RingOpcode.sync ? disk.beginSync(random) : [];
+    const sync = opcode === RingOpcode.sync ? disk.beginSync(random) : null;
     const latencyUs = this.#options.latencyUs(request);
     const effectUs = [0, latencyUs, latencyUs * random.next()][random.below(3)]!;
     const takeEffect = (): void => {
@@ -346,14 +348,15 @@ export class SimRing implements Ring {
     });
   }
 
-  #finish(request: SimRequest, outcome: Outcome, sync: Sync): void {
+  #finish(request: SimRequest, outcome: Outcome, sync: Sync | null): void {
     const { timeline, trace } = this.#options;
-    if (request.opcode === RingOpcode.sync && outcome.result === 0) request.disk.endSync(sync);
+    if (sync !== null && outcome.result === 0) request.disk.endSync(sync);
     if (outcome.write !== null) {
       outcome.write.completed = true;
       const isSynchronous = request.opcode === RingOpcode.write && (request.flags & RWF_DSYNC) !== 0;
       if (isSynchronous && outcome.result >= 0) request.disk.harden(outcome.write);
     }
+    if (outcome.result < 0) this.#options.failed?.();
     this.inflight--;
     trace.add(timeline.nowUs(), 'done', request.number, outcome.result);
     this.#post(request.slot, request.generation, outcome.result, 0);
@@ -369,7 +372,7 @@ export class SimRing implements Ring {
       return { result: -EOPNOTSUPP, write: null };
     }
     if (offsetBytes < 0 || offsetBytes % SECTOR_BYTES !== 0) return { result: -EINVAL, write: null };
-    const there = Math.max(0, Math.min(lengthBytes, disk.sizeBytes - offsetBytes));
+    const there = Math.max(0, Math.min(lengthBytes, disk.fileBytes - offsetBytes));
     const sectors = there / SECTOR_BYTES;
     if (errno !== undefined) {
       // Part of it may have happened before it failed.

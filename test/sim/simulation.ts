@@ -5,11 +5,13 @@
  * The daemon runs its own loop. Whenever it gives time to its ring, the world goes on: disks complete, the guest has its turn,
  * what the plan says happens. The death of the daemon is an exception that leaves its loop there.
  */
-import { mkdtempSync, rmSync } from 'node:fs';
+import { mkdtempSync, readdirSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import { Arena, POLLHUP, POLLIN, check, checkObject, native } from '../../native/index.js';
 import type { SeededRandom } from '../../src/poller/clock.js';
+import { BdevError } from '../../src/bdev/bdev.js';
+import { checkBytes } from '../harness/qcow2.js';
 import { Feature, ProtocolFeature } from '../frontend/protocol.js';
 import { SECTOR_BYTES, SimDisk } from './sim-disk.js';
 import { Oracle, Violation } from './oracle.js';
@@ -18,10 +20,12 @@ import type { Action, Control, End, Plan } from './plan.js';
 import { SimDaemon } from './sim-daemon.js';
 import { SimFrontend } from './sim-frontend.js';
 import type { Script } from './sim-frontend.js';
+import { IMAGE_DISK_BYTES, imageBytes } from './sim-image.js';
 import { SimGuest } from './sim-guest.js';
 import type { GuestQueue } from './sim-guest.js';
 import { SimArena, SimProcess } from './sim-process.js';
 import type { Wire } from './sim-process.js';
+import { SimRing } from './sim-ring.js';
 import type { Fault, SimRingOptions } from './sim-ring.js';
 import { emptyTally } from './tally.js';
 import type { Tally } from './tally.js';
@@ -34,6 +38,8 @@ const ARENA_BYTES = 2 ** 34;
 const SCRIPT_MAX_US = 2_000_000;
 const RESTART_US = 500;
 const VERIFY_SECTORS = 32;
+/** So long after a request of the disk failed a guest's request may begin and fail by it, where an image lies on the disk. */
+const FAILURE_SPREADS_US = 10_000;
 /** Reactor steps that the orderly end may take. */
 const STOP_STEPS_MAX = 100_000;
 
@@ -60,6 +66,8 @@ interface Host {
   readonly daemonArena: SimArena;
   readonly listenFd: number;
   readonly socketPath: string;
+  /** A folder on a tmpfs, emptied when the power goes. */
+  readonly memoryDir: string;
 }
 
 let hostOfProcess: Host | null = null;
@@ -67,10 +75,14 @@ let hostOfProcess: Host | null = null;
 function theHost(): Host {
   if (hostOfProcess !== null) return hostOfProcess;
   const directory = mkdtempSync(join(tmpdir(), 'strata-sim-'));
-  process.on('exit', () => rmSync(directory, { recursive: true, force: true }));
+  const memoryDir = mkdtempSync('/dev/shm/strata-sim-');
+  process.on('exit', () => {
+    for (const folder of [directory, memoryDir]) rmSync(folder, { recursive: true, force: true });
+  });
   const socketPath = join(directory, 'disk.sock');
   const listenFd = check(native.socketListen(socketPath, 0o600), 'listen');
-  hostOfProcess = { guestArena: new Arena(ARENA_BYTES), daemonArena: new SimArena(ARENA_BYTES), listenFd, socketPath };
+  const [guestArena, daemonArena] = [new Arena(ARENA_BYTES), new SimArena(ARENA_BYTES)];
+  hostOfProcess = { guestArena, daemonArena, listenFd, socketPath, memoryDir };
   return hostOfProcess;
 }
 
@@ -84,8 +96,8 @@ export function simulate(plan: Plan, sink: ((line: string) => void) | null = nul
 class Simulation {
   readonly trace = new Trace();
   readonly tally = emptyTally();
-  /** Faults that a guest may see as an error. */
-  #errorFaults = 0;
+  /** Requests that began by then may see an error of the disk. */
+  #faultyUs = -1;
   readonly #plan: Plan;
   readonly #host: Host;
   readonly #timeline = new Timeline();
@@ -98,6 +110,10 @@ class Simulation {
   readonly #frontend: SimFrontend;
   readonly #random: Record<'disk' | 'latency' | 'power' | 'guest' | 'daemon', SeededRandom>;
   #daemon: SimDaemon | null = null;
+  /** Of the daemon, also while it starts. */
+  #ring: SimRing | null = null;
+  /** Daemons so far. */
+  #lives = 0;
   /** How the daemon is to end, by an exception at the next occasion. */
   #dying: End | null = null;
   /** Ends after so many events more. */
@@ -132,12 +148,20 @@ class Simulation {
       guest: randomFor(seed, 'guest'),
       daemon: randomFor(seed, 'daemon'),
     };
-    const sizeBytes = setup.sectors * SECTOR_BYTES;
-    this.#disk = new SimDisk(sizeBytes);
-    this.#disk.canZeroRange = setup.canZeroRange;
+    this.#emptyMemory();
+    const { image, sectors } = setup;
+    const bytes = image === null ? undefined : imageBytes(image, sectors);
     host.daemonArena.onStore = setup.watchesStores ? () => this.#beforeEvent() : null;
     // Its size is all that is used of it.
-    this.#diskFd = check(native.memfdCreate('sim-disk', sizeBytes), 'make a file');
+    this.#diskFd = check(native.memfdCreate('sim-disk', bytes?.length ?? sectors * SECTOR_BYTES), 'make a file');
+    this.#disk =
+      bytes === undefined
+        ? new SimDisk(sectors * SECTOR_BYTES)
+        : new SimDisk(IMAGE_DISK_BYTES, bytes, {
+            sizeBytes: () => checkObject(native.fileStat(this.#diskFd), 'stat the file').sizeBytes,
+            truncate: (sizeBytes) => check(native.fileTruncate(this.#diskFd, sizeBytes), 'truncate the file'),
+          });
+    this.#disk.canZeroRange = setup.canZeroRange;
     this.#diskInode = checkObject(native.fileStat(this.#diskFd), 'stat the file').inode;
     this.#oracle = new Oracle(setup.sectors);
     this.#guest = new SimGuest(this.#guestWorld(), setup, this.#oracle, host.guestArena);
@@ -204,10 +228,10 @@ class Simulation {
 
   #runToEnd(): void {
     while (!this.#hasFinished) {
-      this.#boot();
-      const end = this.#runDaemon();
+      const end = this.#boot() ?? this.#runDaemon();
+      if (end !== null) this.#afterEnd(end);
+      this.#checkImage(end === null || end === 'stop');
       if (end === null) break;
-      this.#afterEnd(end);
     }
   }
 
@@ -227,19 +251,34 @@ class Simulation {
     }
   }
 
-  #boot(): void {
+  /** Returns how the daemon ended before it was there: null when it is. */
+  #boot(): End | null {
     this.trace.add(this.#timeline.nowUs(), 'boot');
     const { setup, seed } = this.#plan;
-    this.#process.run(() => {
-      const listenFd = native.fileDuplicate(this.#host.listenFd);
-      this.#daemon = new SimDaemon(setup, `/proc/self/fd/${this.#diskFd}`, this.#ringOptions(), {
-        seed,
-        listenFd,
-        log: (text) => this.trace.say(this.#timeline.nowUs(), 'log', text),
+    const { faults } = this.tally;
+    try {
+      this.#process.run(() => {
+        const listenFd = native.fileDuplicate(this.#host.listenFd);
+        this.#ring = new SimRing(this.#ringOptions());
+        this.#daemon = new SimDaemon(setup, this.#ring, {
+          seed,
+          lives: this.#lives++,
+          timeline: this.#timeline,
+          diskPath: `/proc/self/fd/${this.#diskFd}`,
+          memoryDir: this.#host.memoryDir,
+          listenFd,
+          log: (text) => this.trace.say(this.#timeline.nowUs(), 'log', text),
+        });
+        this.#daemon.ring.raise(listenFd, POLLIN);
+        this.#daemon.listen();
       });
-      this.#daemon.ring.raise(listenFd, POLLIN);
-      this.#daemon.listen();
-    });
+      return null;
+    } catch (error) {
+      if (error instanceof Died) return this.#dying;
+      // It says why it cannot open its disk, and is started again.
+      if (error instanceof BdevError && this.tally.faults > faults) return 'kill';
+      throw error;
+    }
   }
 
   /** The orderly end: everything that was taken is answered, and nothing is left. */
@@ -256,6 +295,7 @@ class Simulation {
       daemon.registry.destroyAll();
     });
     this.#daemon = null;
+    this.#ring = null;
     daemon.checkNothingLeft();
     if (this.#process.openDescriptors > 0) {
       throw new Violation(`${this.#process.openDescriptors} descriptors are open after the end`);
@@ -267,13 +307,14 @@ class Simulation {
 
   /** The daemon has ended: what that means for the disk and the guest, and how long nothing is there. */
   #afterEnd(end: End): void {
-    const daemon = this.#daemon;
+    const ring = this.#ring;
     this.#dying = null;
     this.#ends = [];
-    if (daemon !== null) {
-      this.trace.add(this.#timeline.nowUs(), 'kill', daemon.ring.ios);
-      this.tally.ios += daemon.ring.ios;
-      daemon.ring.abandon();
+    if (ring !== null) {
+      this.trace.add(this.#timeline.nowUs(), 'kill', ring.ios);
+      this.tally.ios += ring.ios;
+      ring.abandon();
+      this.#ring = null;
       this.#daemon = null;
       this.#process.reclaim();
       this.#host.daemonArena.reclaim();
@@ -299,6 +340,7 @@ class Simulation {
         this.tally.powerCuts++;
         this.trace.add(this.#timeline.nowUs(), 'powerCut', this.#disk.dirtyWrites.length);
         this.#disk.powerCut(this.#random.power);
+        this.#emptyMemory();
         this.#oracle.powerCut();
         this.#frontend.dropInflight();
         this.#resetRings();
@@ -311,6 +353,26 @@ class Simulation {
     this.#script = this.#connect();
     this.#scriptSinceUs = this.#timeline.nowUs();
     this.#timeline.passUntil(this.#timeline.nowUs() + this.#random.guest.next() * RESTART_US);
+  }
+
+  /** Whatever has happened, an image has clusters that nobody uses at most. Throws Violation. */
+  #checkImage(isOrderly: boolean): void {
+    if (this.#plan.setup.image === null) return;
+    const { corruptions, checkErrors, leaks, findings } = checkBytes(this.#disk.view.subarray(0, this.#disk.fileBytes));
+    const { kills, powerCuts, faults } = this.tally;
+    const isUndisturbed = kills + powerCuts + faults === 0;
+    if (corruptions + checkErrors > 0 || (isUndisturbed && leaks > 0)) {
+      throw new Violation(`the image is damaged: ${JSON.stringify(findings.slice(0, 3))}`);
+    }
+    // One that was killed as it made its log leaves that, too.
+    if (isOrderly && kills + faults === 0 && readdirSync(this.#host.memoryDir).length > 0) {
+      throw new Violation('a log was left behind');
+    }
+  }
+
+  #emptyMemory(): void {
+    const { memoryDir } = this.#host;
+    for (const name of readdirSync(memoryDir)) rmSync(join(memoryDir, name));
   }
 
   /** Rings go on after a session that ended without a word, when what it took was answered. */
@@ -347,6 +409,10 @@ class Simulation {
       },
       latencyUs: () => least + this.#random.latency.next() ** 3 * (most - least),
       fault: () => this.#nextFault(),
+      // Others come to depend on it meanwhile: on a piece of an image's metadata, on a round that fails when its last request ends.
+      failed: () => {
+        if (setup.image !== null) this.#faultyUs = this.#timeline.nowUs() + FAILURE_SPREADS_US;
+      },
       pass: (untilUs, enough) => this.#pass(untilUs, enough),
       stepUs: () => this.#random.daemon.next() * setup.stepUs,
       beforeIo: () => this.#beforeEvent(),
@@ -360,7 +426,10 @@ class Simulation {
   }
 
   #beforeEvent(): void {
-    for (const end of this.#ends) if (--end.afterEvents <= 0) this.#dying ??= end.end;
+    for (const end of this.#ends) {
+      // In the midst of an orderly end, too.
+      if (--end.afterEvents <= 0 && (this.#dying === null || this.#dying === 'stop')) this.#dying = end.end;
+    }
     if (this.#dying === 'kill' || this.#dying === 'powerCut') throw new Died();
   }
 
@@ -370,7 +439,7 @@ class Simulation {
     this.#faults = this.#faults.filter((one) => one.afterIos > 0);
     const { fault } = due[0]!;
     this.tally.faults++;
-    if (fault === 'eio' || fault === 'enospc') this.#errorFaults++;
+    if (fault === 'eio' || fault === 'enospc') this.#faultyUs = Math.max(this.#faultyUs, this.#timeline.nowUs());
     return fault;
   }
 
@@ -415,10 +484,10 @@ class Simulation {
         this.#faults.push({ fault: action.fault, afterIos: action.afterIos });
         return true;
       case 'end':
-        if (this.#daemon === null) return true;
+        if (this.#ring === null) return true;
         if (action.afterEvents > 0 && action.end !== 'stop') this.#ends.push({ ...action });
         else this.#dying ??= action.end;
-        if (this.#dying === 'stop') this.#daemon.reactor.endSlice();
+        if (this.#dying === 'stop') this.#daemon?.reactor.endSlice();
         return true;
       case 'control':
         if (this.#script !== null) return false;
@@ -582,7 +651,7 @@ class Simulation {
   #guestWorld() {
     return {
       nowUs: () => this.#timeline.nowUs(),
-      errorFaults: () => this.#errorFaults,
+      faultyUs: () => this.#faultyUs,
       kicked: (kickFd: number) => {
         this.#kicked.add(kickFd);
         for (const fd of this.#process.descriptorsOf(kickFd)) this.#daemon?.ring.raise(fd, POLLIN);

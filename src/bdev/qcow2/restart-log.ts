@@ -137,7 +137,7 @@ export class RestartLog {
       if (sizeBytes !== FILE_BYTES) return null;
       const log = new RestartLog(path, session, arena, fd);
       const isWhole =
-        MAGIC.equals(arena.view8(log.#address, MAGIC.length)) &&
+        MAGIC.equals(Buffer.from(arena.view8(log.#address, MAGIC.length))) &&
         log.#doubles[SESSION_AT] === session &&
         log.#doubles[CAPACITY_AT] === CAPACITY;
       if (isWhole) return log;
