@@ -32,6 +32,7 @@ export interface BenchOptions {
   readonly idle: boolean;
   readonly inflight: boolean;
   readonly restart: boolean;
+  readonly convert: boolean;
   readonly qcow2?: readonly Qcow2Case[];
 }
 
@@ -72,6 +73,7 @@ export function parseOptions(): BenchOptions {
       '--restart',
       'measure how long a guest waits while Strata is killed and started again, once a round, instead',
     )
+    .option('--convert', 'measure how long images take to be converted instead')
     .option('--qcow2 <cases>', `measure qcow2 images instead: some of ${QCOW2_CASES.join(',')}`, someOf(QCOW2_CASES))
     .parse();
   const given = program.opts<BenchOptions & { readonly quick?: boolean }>();

@@ -14,6 +14,7 @@ import { measureIdle, renderIdle } from './idle.js';
 import type { IdleResult } from './idle.js';
 import { measureInflight, renderInflight } from './inflight.js';
 import type { InflightResult } from './inflight.js';
+import { measureConvert } from './convert.js';
 import { measureQcow2 } from './qcow2.js';
 import { diskSpec, measureDisk, withDaemons } from './matrix.js';
 import { parseOptions } from './options.js';
@@ -44,6 +45,10 @@ function versions(options: BenchOptions): Record<string, string> {
 
 async function requirePrograms(options: BenchOptions): Promise<void> {
   requireStrata();
+  if (options.convert) {
+    requireProgram('qemu-img', 'qemu-utils');
+    return;
+  }
   requireProgram('qemu-storage-daemon', 'qemu-system-common');
   if (options.fio) requireProgram('fio', 'fio');
   requireProgram('taskset', 'util-linux');
@@ -103,24 +108,31 @@ async function runQcow2(directory: string, options: BenchOptions): Promise<void>
   console.log(await measureQcow2(options.qcow2 ?? [], directory, options));
 }
 
+async function runConvert(directory: string, options: BenchOptions): Promise<void> {
+  console.log(measureConvert(directory, options));
+}
+
 async function main(): Promise<void> {
   const options = parseOptions();
   const directory = mkdtempSync(join(tmpdir(), 'strata-bench-'));
   process.on('exit', () => rmSync(directory, { recursive: true, force: true }));
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => process.exit(INTERRUPTED));
   await requirePrograms(options);
-  // A guest that waits leaves its core to the daemon.
-  if (!options.restart) check(native.threadSetAffinity(options.clientCore), `run on core ${options.clientCore}`);
+  // A guest that waits leaves its core to the daemon; a conversion takes all there are.
+  if (!options.restart && !options.convert)
+    check(native.threadSetAffinity(options.clientCore), `run on core ${options.clientCore}`);
   const run =
     options.qcow2 !== undefined
       ? runQcow2
-      : options.restart
-        ? runRestart
-        : options.idle
-          ? runIdle
-          : options.inflight
-            ? runInflight
-            : runMatrix;
+      : options.convert
+        ? runConvert
+        : options.restart
+          ? runRestart
+          : options.idle
+            ? runIdle
+            : options.inflight
+              ? runInflight
+              : runMatrix;
   await run(directory, options);
 }
 

@@ -86,6 +86,9 @@ export interface ImageLayout {
   readonly end: number;
 }
 
+/** What of it the header says. */
+export type HeaderLayout = Pick<ImageLayout, 'tableStart' | 'tableClusters' | 'luksStart' | 'l1Start' | 'l1Entries'>;
+
 type Features = Pick<Qcow2Header, 'clusterBits' | 'refcountOrder' | 'incompatible'>;
 
 /**
@@ -97,11 +100,7 @@ export function* createImage(file: ImageFile, given: CreateOptions): Task<void> 
   checkCreateOptions(options);
   const layout = layoutOf(options);
   const clusterBytes = 2 ** options.clusterBits;
-  const header = headerOf(options, layout);
-  if (!fits(header)) {
-    const message = `the names of other files do not fit the first cluster of ${clusterBytes} bytes`;
-    throw new BdevError('bad-option', 'backing_file', message, 'choose shorter names or a larger cluster_size');
-  }
+  const header = newHeader(options, layout);
   const isBlank = file.sizeBytes === 0;
   yield* file.grow(layout.end * clusterBytes);
   if (!isBlank) yield* writeRegion(file, 0, layout.dataStart * clusterBytes, (bytes) => void bytes.fill(0));
@@ -214,11 +213,20 @@ export function refcountClusters(
   }
 }
 
-function featuresOf({ clusterBits, refcountOrder, extendedL2 }: CreateOptions): Features {
+/** What of the options decides on the sizes of tables. */
+export function featuresOf({ clusterBits, refcountOrder, extendedL2 }: CreateOptions): Features {
   return { clusterBits, refcountOrder, incompatible: extendedL2 ? Incompatible.extendedL2 : 0n };
 }
 
-function headerOf(options: CreateOptions, layout: ImageLayout): Qcow2Header {
+/** The header of an image whose parts are there. Throws BdevError when it does not fit the first cluster. */
+export function newHeader(options: CreateOptions, layout: HeaderLayout): Qcow2Header {
+  const header = headerOf(options, layout);
+  if (fits(header)) return header;
+  const message = `the names of other files do not fit the first cluster of ${2 ** options.clusterBits} bytes`;
+  throw new BdevError('bad-option', 'backing_file', message, 'choose shorter names or a larger cluster_size');
+}
+
+function headerOf(options: CreateOptions, layout: HeaderLayout): Qcow2Header {
   const clusterBytes = 2 ** options.clusterBits;
   const { dataFile, luksHeader } = options;
   const isZstd = options.compressionType !== CompressionType.deflate;

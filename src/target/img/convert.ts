@@ -1,12 +1,17 @@
 /** `strata img convert` and `dd`: a disk as another image, read and written through the bdevs that the daemon serves. */
 import { statSync } from 'node:fs';
+import { availableParallelism } from 'node:os';
 import { CREATE_DEFAULTS, withImpliedOptions } from '../../bdev/qcow2/create.js';
 import type { CreateOptions } from '../../bdev/qcow2/create.js';
 import { allRanges, copyDisk, dataRanges } from './copy-disk.js';
-import type { DiskPart } from './copy-disk.js';
+import type { CopyRange, DiskPart } from './copy-disk.js';
 import { makeImage } from './create.js';
 import { DiskHost } from './disk-host.js';
 import { mapDisk, wholeSectors } from './disk-map.js';
+import { fillImage } from './fill-image.js';
+import { Interruption } from './interruption.js';
+import { newImage } from './new-image.js';
+import type { NewImage } from './new-image.js';
 import { optionHelp, parseFormat, parseImageOptions } from './image-options.js';
 import type { Format } from './image-options.js';
 import { closeChain, openChain } from './open-chain.js';
@@ -25,6 +30,11 @@ export interface ConvertCommand {
   readonly targetIsZero?: boolean;
   readonly sparse: string;
   readonly parallel: string;
+  readonly compress?: boolean;
+  /** `-W`: pieces are written as they come. */
+  readonly outOfOrder?: boolean;
+  /** `-t`: `unsafe`, or another word of qemu-img's for "on the disk when it is done". */
+  readonly cache: string;
   readonly progress?: boolean;
   readonly quiet?: boolean;
   readonly forceShare?: boolean;
@@ -33,7 +43,7 @@ export interface ConvertCommand {
 const PARALLEL_MAX = 64;
 
 /** Throws BdevError. */
-export function convertCommand(sourcePath: string, targetPath: string, command: ConvertCommand): void {
+export async function convertCommand(sourcePath: string, targetPath: string, command: ConvertCommand): Promise<void> {
   const format = parseFormat(command.targetFormat);
   if (command.options.includes('help')) {
     print(optionHelp(format));
@@ -42,7 +52,7 @@ export function convertCommand(sourcePath: string, targetPath: string, command: 
   const sparseBytes = parseImageSize(command.sparse, '-S');
   if (sparseBytes % 512 !== 0) throw usage('-S', `${command.sparse} is not a multiple of 512`, 'as 4k');
   const parallel = Number(command.parallel);
-  if (!(parallel >= 1 && parallel <= PARALLEL_MAX)) {
+  if (!(Number.isInteger(parallel) && parallel >= 1 && parallel <= PARALLEL_MAX)) {
     throw usage('-m', `Invalid number of requests: ${command.parallel}`, `choose 1 to ${PARALLEL_MAX}`);
   }
   if (command.targetIsZero === true && command.create) {
@@ -53,8 +63,14 @@ export function convertCommand(sourcePath: string, targetPath: string, command: 
     refuseSelf(chain, targetPath);
     const backingFile = command.backing ?? null;
     const options = imageOptions(format, chain[0]!.sizeBytes, command);
-    if (command.create) makeImage(targetPath, format, options);
     const progress = new ProgressLine(command.progress === true && command.quiet !== true);
+    if (command.compress === true) refuseCompression(format, options, command);
+    if (canFill(targetPath, options, command, sparseBytes)) {
+      await fillNewImage(chain, targetPath, format, options, { command, sparseBytes, parallel, progress });
+      progress.end();
+      return;
+    }
+    if (command.create) makeImage(targetPath, format, options);
     copyImage(chain, targetPath, format, {
       range: { start: 0, lengthBytes: chain[0]!.sizeBytes },
       // A device is not emptied, and a target with a backing file shows that.
@@ -69,6 +85,87 @@ export function convertCommand(sourcePath: string, targetPath: string, command: 
   } finally {
     closeChain(chain);
   }
+}
+
+interface FillCommand {
+  readonly command: ConvertCommand;
+  readonly sparseBytes: number;
+  readonly parallel: number;
+  readonly progress: ProgressLine;
+}
+
+/** Whether the output is a new file that is written front to back. */
+function canFill(path: string, options: CreateOptions, command: ConvertCommand, sparseBytes: number): boolean {
+  if (!command.create || isDevice(path)) return false;
+  if (command.compress === true) return true;
+  return sparseBytes > 0 && options.dataFile === null && options.preallocation === 'off';
+}
+
+/** Throws BdevError for what cannot be compressed. */
+function refuseCompression(format: Format, options: CreateOptions, command: ConvertCommand): void {
+  const refuse = (message: string, hint: string): never => {
+    throw usage('-c', message, hint);
+  };
+  if (format === 'raw') refuse('Compression not supported for this file format', 'use -O qcow2');
+  if (!command.create) refuse('-c makes a new image', 'leave -n out');
+  if (options.dataFile !== null) refuse('an external data file holds no compressed clusters', 'leave data_file out');
+  if (options.preallocation !== 'off')
+    refuse('Compression and preallocation not supported at the same time', 'leave one out');
+}
+
+async function fillNewImage(
+  chain: readonly OpenImage[],
+  targetPath: string,
+  format: Format,
+  options: CreateOptions,
+  { command, sparseBytes, parallel, progress }: FillCommand,
+): Promise<void> {
+  if (isDevice(targetPath)) throw usage('-c', 'a device is not compressed to', 'name a file');
+  const { sizeBytes } = chain[0]!;
+  const hasBacking = options.backingFile !== null;
+  const compression = command.compress === true ? options.compressionType : null;
+  const host = new DiskHost();
+  const signals = new Interruption();
+  let image: NewImage | null = null;
+  try {
+    const source = host.openChain(chain, command.forceShare === true);
+    image = newImage(targetPath, format, options);
+    const most = compression === null ? sparseBytes : 0;
+    const unitBytes = Math.max(1, Math.ceil(most / image.unitBytes)) * image.unitBytes;
+    const parts = partsOf(hasBacking ? [chain[0]!] : chain, { start: 0, lengthBytes: sizeBytes }, hasBacking);
+    await fillImage(
+      host,
+      {
+        source,
+        sourcePath: chain[0]!.file.path,
+        image,
+        ranges:
+          sparseBytes === 0 ? wholeDisk(sizeBytes) : dataRanges(neededParts(parts, hasBacking), unitBytes, sizeBytes),
+        unitBytes,
+        isSparse: sparseBytes > 0 && image.keepsZeroes,
+        compression,
+        threads: availableParallelism(),
+        parallel,
+        inOrder: command.outOfOrder !== true,
+        onProgress: (at) => progress.update(at / sizeBytes),
+      },
+      (interrupt) => signals.onSignal(interrupt),
+    );
+    image.finish(command.cache !== 'unsafe');
+  } finally {
+    host.close();
+    image?.close();
+    signals.end();
+  }
+}
+
+function wholeDisk(lengthBytes: number): CopyRange[] {
+  return lengthBytes === 0 ? [] : [{ start: 0, lengthBytes, isZero: false }];
+}
+
+/** What is to be read: where something is behind the output, all but what it keeps; zeroes, too, hide it. */
+function* neededParts(parts: Iterable<DiskPart>, hasBacking: boolean): Generator<DiskPart> {
+  for (const part of parts) yield hasBacking ? { ...part, isZero: part.isZero === null } : part;
 }
 
 export interface DdCommand {

@@ -41,7 +41,7 @@ export class DiskHost {
     const clock = new SystemClock();
     this.#ring = new Uring(arena);
     const random = new SeededRandom(process.pid);
-    this.reactor = new Reactor({ name: 'img', arena, ring: this.#ring, clock, random, mode: 'busy', pollUs: 0 });
+    this.reactor = new Reactor({ name: 'img', arena, ring: this.#ring, clock, random, mode: 'interrupt', pollUs: 0 });
     this.registry = new BdevRegistry(this.reactor, modules);
   }
 

@@ -129,7 +129,14 @@ program
   .option('-n, --no-create', 'the output is there')
   .option('--target-is-zero', 'the output, which is there, reads as zeroes')
   .option('-S, --sparse <size>', 'leave out zeroes of this length; 0 writes all', '4k')
+  .option('-c, --compress', 'compress the output; -o compression_type=zstd is faster and smaller than zlib')
   .option('-m, --parallel <count>', 'requests at once', '8')
+  .option('-W, --out-of-order', 'write what is ready first')
+  .addOption(
+    new Option('-t, --cache <mode>', 'all but unsafe: the output is on the disk when it is done')
+      .choices(['unsafe', 'writeback', 'writethrough', 'none', 'directsync'])
+      .default('unsafe'),
+  )
   .addOption(progress())
   .addOption(quiet())
   .addOption(forceShare())

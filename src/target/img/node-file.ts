@@ -44,7 +44,8 @@ export class NodeFile implements ImageFile {
       this.isDevice = facts.isBlockDevice();
       if (options.forceShare !== true) takeLock(this.fd, path, options.mode);
       // Only now, with the lock: what another one uses is not emptied.
-      if (options.mode === 'create' && !this.isDevice) ftruncateSync(this.fd, 0);
+      // A file that is emptied is written out by ext4 when it is closed: one that is empty is left alone.
+      if (options.mode === 'create' && !this.isDevice && fstatSync(this.fd).size > 0) ftruncateSync(this.fd, 0);
       this.#sizeBytes = this.isDevice ? deviceBytes(this.fd, path) : fstatSync(this.fd).size;
     } catch (error) {
       closeSync(this.fd);
