@@ -134,6 +134,11 @@ export interface BdevConfig {
 
 export interface BdevModule<C extends BdevConfig = BdevConfig> {
   readonly name: C['module'];
+  /**
+   * Does what takes long before `create`, while the reactor serves its other bdevs.
+   * @returns the config for `create`, perhaps with what was found out. Rejects with BdevError
+   */
+  prepare?(config: C, context: BdevContext): Promise<C>;
   /** Creates a bdev from a config already checked by the schema. Throws BdevError. */
   create(config: C, context: BdevContext): Bdev;
 }

@@ -56,11 +56,16 @@ export class BdevRegistry {
     return this.#entries.get(name)?.writer ?? null;
   }
 
+  /** Does what takes long of a creation, while the other bdevs are served. @returns the config for `create`. Rejects with BdevError */
+  async prepare(config: BdevConfig): Promise<BdevConfig> {
+    this.#checkName(config);
+    const module = this.#moduleOf(config);
+    return module.prepare === undefined ? config : await module.prepare(config, this.#context(config.name));
+  }
+
   /** Creates a bdev. Its config has passed the schema. Throws BdevError. */
   create(config: BdevConfig): Bdev {
-    if (this.#entries.has(config.name)) {
-      throw new BdevError('name-in-use', 'name', `bdev ${config.name} exists already`, 'choose another name');
-    }
+    this.#checkName(config);
     const module = this.#moduleOf(config);
     const bdev = module.create({ ...config, uuid: config.uuid ?? randomUUID() }, this.#context(config.name));
     try {
@@ -70,6 +75,11 @@ export class BdevRegistry {
       throw error;
     }
     return bdev;
+  }
+
+  #checkName({ name }: BdevConfig): void {
+    if (!this.#entries.has(name)) return;
+    throw new BdevError('name-in-use', 'name', `bdev ${name} exists already`, 'choose another name');
   }
 
   #moduleOf(config: BdevConfig): BdevModule {

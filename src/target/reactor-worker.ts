@@ -21,8 +21,8 @@ function makeHandlers(host: ReactorHost): ReactorCallHandlers {
   const registry = new BdevRegistry(host.reactor, modules);
   const controllers = new Map<string, BlkController>();
   return {
-    createBdev: (config) => {
-      const bdev = registry.create(config);
+    createBdev: async (config) => {
+      const bdev = registry.create(await registry.prepare(config));
       return { ...infoOf(registry, bdev), stats: host.share(registry.stats(bdev.name)!.values) };
     },
     createController: ({ bdev, options, logLevel }) => {

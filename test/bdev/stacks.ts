@@ -118,6 +118,7 @@ export function qcow2On(options: Partial<Qcow2Config> = {}): Filter {
     backing: null,
     dataFile: null,
     imageDir: null,
+    keyFile: null,
     readOnly: false,
     l2CacheBytes: 2 ** 25,
     restartDir: '/dev/shm',

@@ -22,7 +22,14 @@ export class QemuImg {
 
   /** The status is null when it took longer than `TIMEOUT_MS`: qemu-img walks damaged tables as often as they are named. */
   try(...args: readonly string[]): { status: number | null; stdout: string; stderr: string } {
-    return spawnSync('qemu-img', args, { cwd: this.folder, encoding: 'utf8', maxBuffer: 2 ** 26, timeout: TIMEOUT_MS });
+    return this.exec('qemu-img', args);
+  }
+
+  exec(
+    program: 'qemu-img' | 'qemu-io',
+    args: readonly string[],
+  ): { status: number | null; stdout: string; stderr: string } {
+    return spawnSync(program, args, { cwd: this.folder, encoding: 'utf8', maxBuffer: 2 ** 26, timeout: TIMEOUT_MS });
   }
 
   /** Runs commands of `qemu-io` on an image of this folder. */

@@ -91,7 +91,11 @@ export function* openBacking(options: ChainOptions, base: Bdev, top: Qcow2Header
     }
     const header = yield* readHeader(new ChannelFile(file.bdev, channel, context.reactor));
     if (header.cryptMethod !== 0)
-      throw unsupportedImage('header.crypt_method', `of ${file.path} is set`, 'convert that image');
+      throw unsupportedImage(
+        'header.crypt_method',
+        `of ${file.path} is set: its key is not known here`,
+        'serve that image as a bdev with its own `key_file`, and name it in `backing`',
+      );
     const { l2CacheBytes } = options;
     const image = new Qcow2Image(header, { reactor: context.reactor, base: file.bdev, channel, l2CacheBytes });
     opened.images.push(image);

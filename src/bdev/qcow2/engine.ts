@@ -22,6 +22,7 @@ import { ChainMap } from './chain-map.js';
 import { Change } from './change.js';
 import type { Committer } from './commit.js';
 import { CompressedReader } from './compressed-reader.js';
+import { CryptMethod } from './format.js';
 import type { Qcow2Image } from './image.js';
 import type { LiveBitmaps } from './live-bitmaps.js';
 import { Extent, Mapped } from './l2.js';
@@ -96,6 +97,8 @@ export class Engine implements IoOwner {
   layers: readonly Layer[];
   readonly top: Qcow2Image;
   readonly dataChannel: IoChannel;
+  /** `dataChannel` encrypts and decrypts. */
+  readonly isEncrypted: boolean;
   readonly extent = new Extent();
   readonly copyEntries = newCopyEntries();
   readonly dropped = new DroppedList();
@@ -140,6 +143,7 @@ export class Engine implements IoOwner {
     this.layers = layers;
     this.top = layers[0]!.image!;
     this.dataChannel = layers[0]!.channel;
+    this.isEncrypted = this.top.header.cryptMethod !== CryptMethod.none;
     this.#backedBytes = layers.length > 1 ? layers[1]!.sizeBytes : 0;
     this.#onDamage = onDamage;
     this.chain = layers.length > 2 ? new ChainMap(this.top.sizeBytes, this.top.geometry.clusterBytes) : null;

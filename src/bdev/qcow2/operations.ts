@@ -18,7 +18,7 @@ import { ImageJob } from './image-job.js';
 import type { Qcow2Image } from './image.js';
 import { BitmapFlag } from './tables.js';
 import type { Bitmap, Snapshot } from './tables.js';
-import { startTask } from './task.js';
+import { runOnReactor, startTask } from './task.js';
 import type { Task } from './task.js';
 
 /** Copied by one step of a stream: whole clusters of any size. */
@@ -200,21 +200,7 @@ export class Operations {
 
   async #run<T>(work: (file: ImageFile) => Task<T>): Promise<T> {
     const { edit, reactor, bdev } = this.#live;
-    const result = await new Promise<T>((resolve, reject) => {
-      // What waits for the promise is run by the event loop.
-      const end = (): void => reactor.endSlice();
-      startTask(
-        edit(work),
-        (value) => {
-          end();
-          resolve(value);
-        },
-        (error) => {
-          end();
-          reject(error instanceof Error ? error : new Error('unknown'));
-        },
-      );
-    });
+    const result = await runOnReactor(reactor, edit(work));
     bdev.size.rescan();
     return result;
   }

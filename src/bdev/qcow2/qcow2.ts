@@ -10,7 +10,9 @@ import { Allocator } from './allocator.js';
 import { Opened, openBacking, openData, pathOf } from './chain.js';
 import { ChannelFile, TaskIo } from './channel-file.js';
 import { checkImage } from './check.js';
+import { shareCodecPool } from './codec/thread-codec-pool.js';
 import { Committer } from './commit.js';
+import { CryptChannel } from './crypt-channel.js';
 import { resizeImage } from './edit/resize.js';
 import type { ResizeOptions } from './edit/resize.js';
 import { Engine } from './engine.js';
@@ -28,11 +30,16 @@ import { unsupportedImage } from './image-error.js';
 import type { ImageFile } from './image-file.js';
 import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
 import { LiveBitmaps } from './live-bitmaps.js';
+import type { UnlockedLuks } from './luks.js';
+import { inlineKeyWork, threadedKeyWork } from './luks/key-work.js';
+import { LUKS_SECTOR_BYTES } from './luks/luks-format.js';
+import { SectorCipher } from './luks/sector-cipher.js';
+import { unlockImage } from './luks/unlock.js';
 import { Operations } from './operations.js';
 import type { Params } from './operations.js';
 import { replay } from './replay.js';
 import { RestartLog } from './restart-log.js';
-import { completeTask, startTask } from './task.js';
+import { completeTask, runOnReactor, startTask } from './task.js';
 import type { Task } from './task.js';
 
 export interface Qcow2Config extends BdevConfig {
@@ -45,6 +52,10 @@ export interface Qcow2Config extends BdevConfig {
   readonly dataFile: string | null;
   /** Folder beneath which files that images name may be opened; null: none may. */
   readonly imageDir: string | null;
+  /** File with the passphrase of an encrypted image; null: the image is not encrypted. */
+  readonly keyFile: string | null;
+  /** Its key, when it was worked out before: taken over, and wiped. */
+  readonly unlocked?: UnlockedLuks | null;
   readonly readOnly: boolean;
   /** Most memory for the cache of L2 tables. */
   readonly l2CacheBytes: number;
@@ -107,6 +118,8 @@ class Qcow2Bdev implements Bdev {
   #replayed = 0;
   /** What made it take no more writes, or null. */
   #damage: string | null = null;
+  /** Of an encrypted image. */
+  #cipher: string | null = null;
 
   constructor(config: Qcow2Config, context: BdevContext) {
     const { reactor } = context;
@@ -125,8 +138,10 @@ class Qcow2Bdev implements Bdev {
     this.readBases = backing === null ? [] : [backing];
     const channel = this.#openChannel(context, base);
     this.#file = new ChannelFile(base, channel, reactor);
+    let unlocked = config.unlocked ?? null;
     try {
       const header = this.#complete(readHeader(this.#file));
+      unlocked ??= this.#complete(unlockImage(this.#file, header, config.keyFile, inlineKeyWork));
       const image = new Qcow2Image(header, { reactor, base, channel, l2CacheBytes: config.l2CacheBytes });
       this.#opened.images.push(image);
       this.#image = image;
@@ -136,7 +151,7 @@ class Qcow2Bdev implements Bdev {
       this.#complete(image.load());
       this.#engine = new Engine({
         reactor,
-        layers: this.#openLayers(context, base, channel, dataFile, backing),
+        layers: this.#openLayers(context, base, channel, dataFile, backing, unlocked),
         onDamage: (field, problem) => this.#onDamage(field, problem),
         clusterCacheBytes: config.clusterCacheBytes,
         codecThreads: config.codecThreads,
@@ -154,9 +169,12 @@ class Qcow2Bdev implements Bdev {
       // Anything else than what is wrong with the image or its device is no reason to tidy up.
       if (error instanceof BdevError) this.#opened.close();
       throw error;
+    } finally {
+      unlocked?.masterKey.fill(0);
     }
     this.limits = {
       ...wholeRequests(base),
+      memoryAlignmentBytes: unlocked === null ? 1 : LUKS_SECTOR_BYTES,
       physicalBlockBytes: Math.max(base.limits.physicalBlockBytes, 4096),
       discardGranularityBytes: this.#image.geometry.unitBytes,
       optimalIoBytes: this.#image.geometry.clusterBytes,
@@ -201,6 +219,7 @@ class Qcow2Bdev implements Bdev {
       version: header.version,
       clusterBytes: geometry.clusterBytes,
       features: featureWords(header),
+      cipher: this.#cipher,
       snapshots: snapshots.map(({ name }) => name),
       bitmaps: bitmaps.map(({ name }) => name),
       l2CacheBytes: l2.slotCount * l2.sliceBytes,
@@ -247,6 +266,7 @@ class Qcow2Bdev implements Bdev {
     channel: IoChannel,
     dataFile: Bdev | null,
     backing: Bdev | null,
+    unlocked: UnlockedLuks | null,
   ): Layer[] {
     const { name, imageDir, l2CacheBytes } = this.#config;
     const image = this.#image;
@@ -273,7 +293,7 @@ class Qcow2Bdev implements Bdev {
     const layers: Layer[] = [
       {
         image,
-        channel: data.channel,
+        channel: unlocked === null ? data.channel : this.#encrypt(data.channel, unlocked),
         get sizeBytes() {
           return image.sizeBytes;
         },
@@ -284,6 +304,17 @@ class Qcow2Bdev implements Bdev {
       return [...layers, { image: null, channel: this.#openChannel(context, backing), sizeBytes }];
     }
     return header.backingFile === null ? layers : [...layers, ...this.#complete(openBacking(options, base, header))];
+  }
+
+  #encrypt(channel: IoChannel, { spec, masterKey }: UnlockedLuks): IoChannel {
+    const { codecThreads } = this.#config;
+    const reactor = this.#reactor;
+    const cipher = new SectorCipher(spec, masterKey);
+    const pool = codecThreads === 0 ? null : shareCodecPool(reactor, codecThreads);
+    const encrypted = new CryptChannel({ reactor, channel, cipher, pool });
+    this.#opened.channels.push(encrypted);
+    this.#cipher = spec.name;
+    return encrypted;
   }
 
   *#flush(): Task<void> {
@@ -356,13 +387,6 @@ class Qcow2Bdev implements Bdev {
         'header.size',
         `is ${header.sizeBytes}, no multiple of ${this.blockSizeBytes}`,
         'set `direct: false` on the bdev below, or resize the image',
-      );
-    }
-    if (header.cryptMethod !== 0) {
-      throw unsupportedImage(
-        'header.crypt_method',
-        `is ${header.cryptMethod}`,
-        'convert the image to one without encryption',
       );
     }
     if (this.readOnly) return;
@@ -482,7 +506,25 @@ class Qcow2Bdev implements Bdev {
   }
 }
 
+/** Works out the key of an encrypted image, which takes seconds, on threads. Rejects with BdevError. */
+async function prepareQcow2(config: Qcow2Config, context: BdevContext): Promise<Qcow2Config> {
+  if (config.keyFile === null) return config;
+  const { reactor } = context;
+  const base = context.base(config.base, 'base');
+  const channel = context.open(base);
+  const file = new ChannelFile(base, channel, reactor);
+  const unlock = function* (): Task<UnlockedLuks | null> {
+    return yield* unlockImage(file, yield* readHeader(file), config.keyFile, threadedKeyWork);
+  };
+  try {
+    return { ...config, unlocked: await runOnReactor(reactor, unlock()) };
+  } finally {
+    channel.close();
+  }
+}
+
 export const qcow2Module: BdevModule<Qcow2Config> = {
   name: 'qcow2',
+  prepare: prepareQcow2,
   create: (config, context) => new Qcow2Bdev(config, context),
 };

@@ -154,6 +154,11 @@ export class RequestJob extends Sleeper {
         return;
       }
       if (kind === Mapped.compressed) {
+        if (i === 0 && engine.isEncrypted) {
+          // Not encrypted, then: whoever has the file could have put it there without the key.
+          this.#errno = EIO;
+          return;
+        }
         // Woken perhaps before this returns.
         this.#isSleeping = true;
         if (engine.compressed.read(i, extent, this)) this.#isSleeping = false;
@@ -290,7 +295,9 @@ export class RequestJob extends Sleeper {
         return;
       }
       const length = Math.min(end, (first + count) * clusterBytes) - this.#position;
-      this.#startChange(length, first, count, allocator.cluster * clusterBytes, true, allocator.isZeroed);
+      // Zeroes in the file are not zeroes on an encrypted disk.
+      const isZeroed = allocator.isZeroed && !engine.isEncrypted;
+      this.#startChange(length, first, count, allocator.cluster * clusterBytes, true, isZeroed);
     }
   }
 

@@ -34,26 +34,31 @@ export class SegmentCursor {
 
   /** Fills the next bytes with zeroes. */
   fillZeroes(arena: Arena, lengthBytes: number, entries: Float64Array): void {
-    this.#copy(arena, 0, lengthBytes, entries);
+    this.#copy(arena, 0, lengthBytes, entries, false);
   }
 
   /** Copies the next bytes from memory. @param source arena offset */
   copyFrom(arena: Arena, source: number, lengthBytes: number, entries: Float64Array): void {
-    this.#copy(arena, arena.baseAddress + source, lengthBytes, entries);
+    this.#copy(arena, arena.baseAddress + source, lengthBytes, entries, false);
   }
 
-  /** @param source absolute address, 0: zeroes */
-  #copy(arena: Arena, source: number, lengthBytes: number, entries: Float64Array): void {
-    const to = this.#io!;
+  /** Copies the next bytes to memory. @param destination arena offset */
+  copyTo(arena: Arena, destination: number, lengthBytes: number, entries: Float64Array): void {
+    this.#copy(arena, arena.baseAddress + destination, lengthBytes, entries, true);
+  }
+
+  /** @param memory absolute address, 0: zeroes @param isSource the segments are, and memory is written to */
+  #copy(arena: Arena, memory: number, lengthBytes: number, entries: Float64Array, isSource: boolean): void {
+    const io = this.#io!;
     let left = lengthBytes;
-    let at = source;
+    let at = memory;
     let count = 0;
     while (left > 0) {
-      const rest = to.segmentLengths[this.#segment]! - this.#skip;
+      const rest = io.segmentLengths[this.#segment]! - this.#skip;
       const part = rest < left ? rest : left;
       const entry = count * ENTRY_DOUBLES;
-      entries[entry] = arena.baseAddress + to.segmentAddresses[this.#segment]! + this.#skip;
-      entries[entry + 1] = at;
+      entries[entry + (isSource ? 1 : 0)] = arena.baseAddress + io.segmentAddresses[this.#segment]! + this.#skip;
+      entries[entry + (isSource ? 0 : 1)] = at;
       entries[entry + 2] = part;
       if (at !== 0) at += part;
       left -= part;

@@ -11,6 +11,7 @@
  *
  * Not for the data path: a task allocates.
  */
+import type { Reactor } from '../../poller/reactor.js';
 
 /** Something that a task waits for. */
 export interface Wait {
@@ -45,6 +46,25 @@ export function completeTask<T>(task: Task<T>, step: () => void): T {
     if (outcome.result !== undefined) return outcome.result.value;
     step();
   }
+}
+
+/** Runs a task while the reactor goes on. Rejects with what it throws. */
+export function runOnReactor<T>(reactor: Pick<Reactor, 'endSlice'>, task: Task<T>): Promise<T> {
+  return new Promise<T>((resolve, reject) => {
+    // What waits for the promise is run by the event loop.
+    const end = (): void => reactor.endSlice();
+    startTask(
+      task,
+      (value) => {
+        end();
+        resolve(value);
+      },
+      (error) => {
+        end();
+        reject(error instanceof Error ? error : new Error(String(error)));
+      },
+    );
+  });
 }
 
 class RunningTask<T> implements Waiter {

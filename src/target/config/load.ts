@@ -139,6 +139,7 @@ function toBdevConfig(bdev: FileBdev, folder: string): AnyBdevConfig {
         backing: bdev.backing,
         dataFile: bdev.data_file,
         imageDir: bdev.image_dir === null ? null : resolve(folder, bdev.image_dir),
+        keyFile: bdev.key_file === null ? null : resolve(folder, bdev.key_file),
         readOnly: bdev.read_only,
         l2CacheBytes: bdev.l2_cache,
         clusterCacheBytes: bdev.cluster_cache,

@@ -138,6 +138,7 @@ const bdev = z.discriminatedUnion('module', [
     backing: nameOf.nullable().default(null),
     data_file: nameOf.nullable().default(null),
     image_dir: path.nullable().default(null),
+    key_file: path.nullable().default(null),
     read_only: z.boolean().default(false),
     l2_cache: size.default(DEFAULT_L2_CACHE_BYTES),
     restart_dir: path.nullable().default(DEFAULT_RESTART_DIR),

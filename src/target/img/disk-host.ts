@@ -95,6 +95,7 @@ export class DiskHost {
           ? this.#createFile(resolveName(path, header.dataFile), options)
           : null,
       imageDir: null,
+      keyFile: null,
       readOnly: options.readOnly,
       l2CacheBytes: L2_CACHE_BYTES,
       clusterCacheBytes: CLUSTER_CACHE_BYTES,
