@@ -47,7 +47,11 @@ export function* unlockImage(
     );
   }
   if (keyFile === null) {
-    throw keyError('no-key', 'the image is encrypted', 'name the file with its passphrase');
+    throw keyError(
+      'no-key',
+      'the image is encrypted',
+      'name the file with its passphrase in `key_file`; `strata img` does not open such images',
+    );
   }
   const passphrase = readPassphrase(keyFile);
   try {
