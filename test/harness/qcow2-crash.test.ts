@@ -6,20 +6,21 @@
 import { describe, expect, it } from 'vitest';
 import { crashEnumeration, OPERATIONS } from './crash-enumeration.js';
 import { failNth } from './fail-nth.js';
-import { expectWhole, newImage, qcow2Stack, qcow2WithoutLog } from './qcow2.js';
+import { encryptedStack, expectWhole, newEncryptedImage, newImage, qcow2Stack, qcow2WithoutLog } from './qcow2.js';
 
 const TIMEOUT_MS = 240_000;
 const SECTORS = 8;
 const FILE_BYTES = 32768;
 
 const IMAGES = [
-  ['clusters of 512', newImage('cluster_size=512', SECTORS, FILE_BYTES)],
-  ['clusters of 4096, full', newImage('cluster_size=4096', SECTORS, 65536, 'write -P 0 0 4096')],
+  ['clusters of 512', newImage('cluster_size=512', SECTORS, FILE_BYTES), qcow2Stack],
+  ['clusters of 4096, full', newImage('cluster_size=4096', SECTORS, 65536, 'write -P 0 0 4096'), qcow2Stack],
+  ['encrypted clusters of 1024', newEncryptedImage(10, SECTORS, FILE_BYTES), encryptedStack],
 ] as const;
 
 describe('After a crash anywhere a qcow2 disk', () => {
-  it.each(IMAGES)('of %s holds what it may', { timeout: TIMEOUT_MS }, (name, image) => {
-    const options = { diskBytes: [image.length], images: [image], stack: qcow2Stack, sectors: SECTORS };
+  it.each(IMAGES)('of %s holds what it may', { timeout: TIMEOUT_MS }, (name, image, stack) => {
+    const options = { diskBytes: [image.length], images: [image], stack, sectors: SECTORS };
     const one = crashEnumeration({ ...options, length: 2, imagesMax: 16, openingsMax: 3, verify: expectWhole });
     console.log(`${name}: ${JSON.stringify(one)}`);
     expect(one.images).toBeGreaterThan(100);
@@ -41,12 +42,12 @@ describe('Without a log a qcow2 disk', () => {
 });
 
 describe('When one request of the file fails a qcow2 disk', () => {
-  it.each(IMAGES)('of %s keeps what was answered', { timeout: TIMEOUT_MS }, (name, image) => {
+  it.each(IMAGES)('of %s keeps what was answered', { timeout: TIMEOUT_MS }, (name, image, stack) => {
     for (const together of [false, true]) {
       const coverage = failNth({
         diskBytes: [image.length],
         images: [image],
-        stack: qcow2Stack,
+        stack,
         sectors: SECTORS,
         scenario: [...OPERATIONS, { name: 'flush', type: 'flush' }],
         together,

@@ -4,9 +4,12 @@ import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
 import { join } from 'node:path';
 import type { BdevConfig } from '../../src/bdev/bdev.js';
+import { CREATE_DEFAULTS, createImage } from '../../src/bdev/qcow2/create.js';
 import { checkImage } from '../../src/bdev/qcow2/check.js';
 import type { CheckReport } from '../../src/bdev/qcow2/check.js';
 import type { ImageFile } from '../../src/bdev/qcow2/image-file.js';
+import { cipherSpec } from '../../src/bdev/qcow2/luks/sector-cipher.js';
+import type { Qcow2Config } from '../../src/bdev/qcow2/qcow2.js';
 import { completeTask } from '../../src/bdev/qcow2/task.js';
 import { qcow2On } from '../bdev/stacks.js';
 import { Violation } from '../sim/oracle.js';
@@ -37,6 +40,43 @@ export const qcow2WithoutLog: Stack = ([path]): readonly BdevConfig[] => [
   simDisk('file', path!),
   qcow2On({ restartDir: null, codecThreads: 0 })('volume', 'file'),
 ];
+
+/** No passphrase is tried here, so its header may be anything. */
+const LUKS_HEADER = Buffer.alloc(512, 'LUKS');
+const MASTER_KEY = Uint8Array.from({ length: 64 }, (_, i) => i);
+
+/** An empty image with encryption, in a file of `fileBytes`. */
+export function newEncryptedImage(clusterBits: number, sectors: number, fileBytes: number): Uint8Array {
+  let image = new Uint8Array(0);
+  const file: ImageFile = {
+    get sizeBytes() {
+      return image.length;
+    },
+    *read(offset, bytes) {
+      bytes.set(image.subarray(offset, offset + bytes.length));
+    },
+    *write(offset, bytes) {
+      image.set(bytes, offset);
+    },
+    *sync() {},
+    *grow(sizeBytes) {
+      const grown = new Uint8Array(Math.max(sizeBytes, fileBytes));
+      grown.set(image);
+      image = grown;
+    },
+  };
+  const options = { ...CREATE_DEFAULTS, sizeBytes: sectors * SECTOR_BYTES, clusterBits, luksHeader: LUKS_HEADER };
+  completeTask(createImage(file, options), () => undefined);
+  return image;
+}
+
+/** The same, with a key that is known. */
+export const encryptedStack: Stack = ([path], memoryDir): readonly BdevConfig[] => {
+  const options = { restartDir: memoryDir, codecThreads: 0 };
+  const masterKey = Buffer.from(MASTER_KEY);
+  const unlocked: NonNullable<Qcow2Config['unlocked']> = { spec: cipherSpec('aes', 'xts-plain64', 64), masterKey };
+  return [simDisk('file', path!), qcow2On({ ...options, unlocked })('volume', 'file')];
+};
 
 /** What a check finds in an image. */
 export function checkBytes(image: Uint8Array): CheckReport {

@@ -30,11 +30,11 @@ import { unsupportedImage } from './image-error.js';
 import type { ImageFile } from './image-file.js';
 import { Qcow2Image, loadRefcountTable, readHeader } from './image.js';
 import { LiveBitmaps } from './live-bitmaps.js';
-import type { UnlockedLuks } from './luks.js';
 import { inlineKeyWork, threadedKeyWork } from './luks/key-work.js';
 import { LUKS_SECTOR_BYTES } from './luks/luks-format.js';
 import { SectorCipher } from './luks/sector-cipher.js';
 import { unlockImage } from './luks/unlock.js';
+import type { DiskKey } from './luks/unlock.js';
 import { Operations } from './operations.js';
 import type { Params } from './operations.js';
 import { replay } from './replay.js';
@@ -55,7 +55,7 @@ export interface Qcow2Config extends BdevConfig {
   /** File with the passphrase of an encrypted image; null: the image is not encrypted. */
   readonly keyFile: string | null;
   /** Its key, when it was worked out before: taken over, and wiped. */
-  readonly unlocked?: UnlockedLuks | null;
+  readonly unlocked?: DiskKey | null;
   readonly readOnly: boolean;
   /** Most memory for the cache of L2 tables. */
   readonly l2CacheBytes: number;
@@ -138,7 +138,7 @@ class Qcow2Bdev implements Bdev {
     this.readBases = backing === null ? [] : [backing];
     const channel = this.#openChannel(context, base);
     this.#file = new ChannelFile(base, channel, reactor);
-    let unlocked = config.unlocked ?? null;
+    let unlocked: DiskKey | null = config.unlocked ?? null;
     try {
       const header = this.#complete(readHeader(this.#file));
       unlocked ??= this.#complete(unlockImage(this.#file, header, config.keyFile, inlineKeyWork));
@@ -266,7 +266,7 @@ class Qcow2Bdev implements Bdev {
     channel: IoChannel,
     dataFile: Bdev | null,
     backing: Bdev | null,
-    unlocked: UnlockedLuks | null,
+    unlocked: DiskKey | null,
   ): Layer[] {
     const { name, imageDir, l2CacheBytes } = this.#config;
     const image = this.#image;
@@ -306,7 +306,7 @@ class Qcow2Bdev implements Bdev {
     return header.backingFile === null ? layers : [...layers, ...this.#complete(openBacking(options, base, header))];
   }
 
-  #encrypt(channel: IoChannel, { spec, masterKey }: UnlockedLuks): IoChannel {
+  #encrypt(channel: IoChannel, { spec, masterKey }: DiskKey): IoChannel {
     const { codecThreads } = this.#config;
     const reactor = this.#reactor;
     const cipher = new SectorCipher(spec, masterKey);
@@ -513,7 +513,7 @@ async function prepareQcow2(config: Qcow2Config, context: BdevContext): Promise<
   const base = context.base(config.base, 'base');
   const channel = context.open(base);
   const file = new ChannelFile(base, channel, reactor);
-  const unlock = function* (): Task<UnlockedLuks | null> {
+  const unlock = function* (): Task<DiskKey | null> {
     return yield* unlockImage(file, yield* readHeader(file), config.keyFile, threadedKeyWork);
   };
   try {

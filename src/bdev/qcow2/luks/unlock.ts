@@ -20,6 +20,9 @@ const FIELD = 'keyFile';
 const PASSPHRASE_BYTES_MAX = 64 * 1024;
 const OTHERS = 0o077;
 
+/** What a disk is encrypted with. */
+export type DiskKey = Pick<UnlockedLuks, 'spec' | 'masterKey'>;
+
 /**
  * @param keyFile null: the image has to be one without encryption
  * @returns the key, wiped by the caller; null for an image without encryption. Throws BdevError
@@ -29,7 +32,7 @@ export function* unlockImage(
   header: Qcow2Header,
   keyFile: string | null,
   work: KeyWork,
-): Task<UnlockedLuks | null> {
+): Task<DiskKey | null> {
   const { cryptMethod, luksHeader } = header;
   if (cryptMethod === CryptMethod.none) {
     if (keyFile === null) return null;
