@@ -138,19 +138,16 @@ function script(clusterBytes: number): Step[] {
   });
 }
 
-/** Segments that are no whole sectors, now and then. */
+/** Segments of whole sectors, or of anything. */
 function layoutOf(length: number): Layout | undefined {
-  if (random.below(3) === 0) return undefined;
+  if (random.below(4) === 0) return undefined;
+  const unit = random.below(3) === 0 ? 100 : SECTOR;
   const lengths: number[] = [];
-  for (let left = length; left > 0;) {
-    const unit = random.below(4) === 0 ? 100 : 4096;
-    const part = Math.min(left, (1 + random.below(40)) * unit);
-    lengths.push(part);
-    left -= part;
-    if (lengths.length === 100 && left > 0) lengths[99]! += left;
-    if (lengths.length === 100) break;
+  for (let left = length; left > 0; left -= lengths.at(-1)!) {
+    const isLast = lengths.length === 99;
+    lengths.push(isLast ? left : Math.min(left, (1 + random.below(300)) * unit));
   }
-  return { lengths, gaps: [64, 0, 4096] };
+  return { lengths, gaps: unit === SECTOR ? [512, 0, 4096] : [64, 0, 4096] };
 }
 
 function perform(on: Disk, steps: readonly Step[]): void {
@@ -288,6 +285,12 @@ describe('An encrypted disk', () => {
     const encrypted = open('image', { codecThreads, backing: on.at(-1)?.name ?? null, imageDir: qemu.folder }, on);
     perform(encrypted, steps);
     expectBytes(encrypted.read(0, DISK_BYTES), expected, 'as we read it');
+    encrypted.forget();
+    for (let at = 0, length = SECTOR; at < DISK_BYTES; at += length) {
+      length = Math.min(DISK_BYTES - at, (1 + random.below(1000)) * SECTOR);
+      expectBytes(encrypted.read(at, length, layoutOf(length)), expected.subarray(at, at + length), 'in pieces');
+      encrypted.forget();
+    }
     close();
     if (isBacked) qemu.run('rebase', '-u', ...secret(), '--image-opts', opened('image'), '-b', 'below', '-F', 'raw');
     expectWhole('image');
