@@ -138,16 +138,22 @@ export class Qcow2Image {
     const fileBytes = this.#fileBytes();
     this.metadata.clear();
     this.metadata.add(0);
-    const addTable = (offset: number, bytes: number): void => {
-      if (bytes > 0) this.metadata.add(offset / clusterBytes, Math.ceil(bytes / clusterBytes));
+    const addTable = (field: string, offset: number, bytes: number): void => {
+      const first = offset / clusterBytes;
+      const count = Math.ceil(bytes / clusterBytes);
+      for (let cluster = first; cluster < first + count; cluster++) {
+        if (this.metadata.has(cluster)) throw badImage(field, `is ${offset}, where other metadata lies`);
+      }
+      if (count > 0) this.metadata.add(first, count);
     };
-    addTable(header.l1Offset, header.l1Entries * 8);
-    addTable(header.refcountTableOffset, header.refcountTableClusters * clusterBytes);
-    if (header.luksHeader !== null) addTable(header.luksHeader.offset, header.luksHeader.lengthBytes);
+    addTable('header.l1_table_offset', header.l1Offset, header.l1Entries * 8);
+    addTable('header.refcount_table_offset', header.refcountTableOffset, header.refcountTableClusters * clusterBytes);
+    if (header.luksHeader !== null) addTable('luks.offset', header.luksHeader.offset, header.luksHeader.lengthBytes);
     yield* this.#loadL1(fileBytes);
     if (header.snapshotCount > 0) {
       const left = file.sizeBytes - header.snapshotTableOffset;
       // Entries are of any length: as much is read as they can take, a bounded number of times.
+      let tableBytes = 0;
       let wanted = Math.min(left, header.snapshotCount * 1024);
       for (;;) {
         const bytes = Buffer.alloc(wanted);
@@ -156,25 +162,30 @@ export class Qcow2Image {
         try {
           const found = decodeSnapshots(bytes, header, fileBytes);
           this.snapshots = found.snapshots;
-          addTable(header.snapshotTableOffset, found.bytes);
+          tableBytes = found.bytes;
           break;
         } catch (error) {
           if (isAll) throw error;
           wanted = Math.min(left, wanted * 4, 65 * 2 ** 20);
         }
       }
-      for (const { l1Offset, l1Entries } of this.snapshots) addTable(l1Offset, l1Entries * 8);
+      addTable('header.snapshots_offset', header.snapshotTableOffset, tableBytes);
+      this.snapshots.forEach(({ l1Offset, l1Entries }, i) =>
+        addTable(`snapshots[${i}].l1_table_offset`, l1Offset, l1Entries * 8),
+      );
     } else {
       this.snapshots = [];
     }
     this.bitmaps = [];
     if (header.bitmaps !== null) {
       const { directoryOffset, directoryBytes, count } = header.bitmaps;
-      addTable(directoryOffset, directoryBytes);
+      addTable('bitmaps.bitmap_directory_offset', directoryOffset, directoryBytes);
       const bytes = Buffer.alloc(directoryBytes);
       yield* file.read(directoryOffset, bytes);
       this.bitmaps = decodeBitmaps(bytes, count, header, fileBytes);
-      for (const { tableOffset, tableEntries } of this.bitmaps) addTable(tableOffset, tableEntries * 8);
+      this.bitmaps.forEach(({ tableOffset, tableEntries }, i) =>
+        addTable(`bitmaps[${i}].bitmap_table_offset`, tableOffset, tableEntries * 8),
+      );
     }
   }
 

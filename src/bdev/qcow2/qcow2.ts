@@ -41,6 +41,7 @@ import { replay } from './replay.js';
 import { RestartLog } from './restart-log.js';
 import { completeTask, runOnReactor, startTask } from './task.js';
 import type { Task } from './task.js';
+import { WaitList, sleep } from './wait-list.js';
 
 export interface Qcow2Config extends BdevConfig {
   readonly module: 'qcow2';
@@ -110,6 +111,8 @@ class Qcow2Bdev implements Bdev {
   readonly #opened = new Opened();
   readonly #file: ChannelFile;
   #isEdited = false;
+  #isHeaderBusy = false;
+  readonly #headerWaiters = new WaitList();
   /** Findings that were put right as it was opened. */
   #repaired = 0;
   /** The bdev of an external data file. */
@@ -167,7 +170,7 @@ class Qcow2Bdev implements Bdev {
       });
     } catch (error) {
       // Anything else than what is wrong with the image or its device is no reason to tidy up.
-      if (error instanceof BdevError) this.#opened.close();
+      if (error instanceof BdevError) this.#giveUp();
       throw error;
     } finally {
       unlocked?.masterKey.fill(0);
@@ -250,6 +253,27 @@ class Qcow2Bdev implements Bdev {
     }
     this.#complete(engine.quiet());
     engine.release();
+    this.#complete(this.#headerIdle());
+    try {
+      // An edit that was under way when it was marked may have written the header as it was.
+      if (this.#damage !== null) this.#complete(this.#mark());
+    } catch (error) {
+      if (!(error instanceof BdevError)) throw error;
+    }
+    this.#opened.close();
+  }
+
+  /** It could not be opened: nothing of it stays behind. */
+  #giveUp(): void {
+    const engine = this.#engine as Engine | undefined;
+    if (engine !== undefined) {
+      const { committer, allocator } = engine;
+      while (committer?.isIdle === false || allocator?.isIdle === false) this.#reactor.step();
+      committer?.release();
+      allocator?.release();
+      engine.release();
+    }
+    this.#complete(this.#headerIdle());
     this.#opened.close();
   }
 
@@ -421,11 +445,27 @@ class Qcow2Bdev implements Bdev {
   }
 
   *#writeAutoclear(autoclear: bigint): Task<void> {
-    const field = Buffer.alloc(8);
-    field.writeBigUInt64BE(autoclear);
-    yield* this.#file.write(HEADER_AUTOCLEAR, field);
-    yield* this.#file.sync();
+    yield* this.#writeField(HEADER_AUTOCLEAR, autoclear);
     this.#image.header = { ...this.#image.header, autoclear };
+  }
+
+  /** Makes a field of the header durable, one after the other: they share a block. Throws BdevError. */
+  *#writeField(offset: number, value: bigint): Task<void> {
+    yield* this.#headerIdle();
+    this.#isHeaderBusy = true;
+    try {
+      const field = Buffer.alloc(8);
+      field.writeBigUInt64BE(value);
+      yield* this.#file.write(offset, field);
+      yield* this.#file.sync();
+    } finally {
+      this.#isHeaderBusy = false;
+      this.#headerWaiters.wakeAll(0);
+    }
+  }
+
+  *#headerIdle(): Task<void> {
+    while (this.#isHeaderBusy) yield* sleep((sleeper) => this.#headerWaiters.add(sleeper));
   }
 
   /** Carries out what the session before this one left behind, and begins a session of its own. */
@@ -493,16 +533,19 @@ class Qcow2Bdev implements Bdev {
   #onDamage(field: string, problem: string): void {
     if (this.#damage !== null) return;
     this.#damage = `${field} ${problem}`;
-    if (this.readOnly || this.#image.header.version < 3) return;
-    const incompatible = this.#image.header.incompatible | Incompatible.corrupt;
-    this.#image.header = { ...this.#image.header, incompatible };
-    const bytes = Buffer.alloc(8);
-    bytes.writeBigUInt64BE(incompatible);
     startTask(
-      this.#file.write(HEADER_INCOMPATIBLE, bytes),
+      this.#mark(),
       () => undefined,
       () => undefined,
     );
+  }
+
+  /** Says in the image that it is damaged. Throws BdevError. */
+  *#mark(): Task<void> {
+    if (this.readOnly || this.#image.header.version < 3) return;
+    const incompatible = this.#image.header.incompatible | Incompatible.corrupt;
+    this.#image.header = { ...this.#image.header, incompatible };
+    yield* this.#writeField(HEADER_INCOMPATIBLE, incompatible);
   }
 }
 
