@@ -23,6 +23,9 @@ const PACKED = 'src/vhost-user/packed-virtqueue.ts';
 const CHANNEL = 'src/bdev/bdev-channel.ts';
 const SPLIT = 'src/bdev/split-job.ts';
 const URING = 'src/bdev/uring/uring.ts';
+const QCOW2 = 'src/bdev/qcow2';
+const COMMIT = `${QCOW2}/commit.ts`;
+const CHANGE = `${QCOW2}/change.ts`;
 
 /** The request is answered when it is handed to the kernel, and the kernel's completion is ignored. */
 function answerAtSubmission(type: 'read' | 'write'): Mutation['edits'] {
@@ -370,5 +373,47 @@ export const MUTATIONS: readonly Mutation[] = [
     short: true,
     file: CHANNEL,
     edits: [['else this.#refused.append(io);', '']],
+  },
+  {
+    name: 'qcow2: mappings are written before refcounts and data are durable',
+    short: true,
+    file: COMMIT,
+    edits: [['case Phase.firstSync:\n        this.#sync();', 'case Phase.firstSync:']],
+  },
+  {
+    name: 'qcow2: refcounts are written after mappings',
+    file: COMMIT,
+    edits: [
+      ['this.#write(0, this.#stagedRefcounts);', 'this.#write(this.#stagedRefcounts, this.#staged );'],
+      ['this.#write(this.#stagedRefcounts, this.#staged);', 'this.#write(0, this.#stagedRefcounts );'],
+    ],
+  },
+  {
+    name: 'qcow2: the log is cut off at what came while a round was under way',
+    file: COMMIT,
+    edits: [
+      ['if (isOk && this.#takesAll) log?.commit();', 'if (isOk) {\n      log?.stage();\n      log?.commit();\n    }'],
+    ],
+  },
+  {
+    name: 'qcow2: a new mapping is not written down in the log',
+    short: true,
+    file: CHANGE,
+    edits: [['log.append(kind, isExtended ? 1 : this.count);', '']],
+  },
+  {
+    name: 'qcow2: a cleared cluster is not written down in the log',
+    file: `${QCOW2}/request-job.ts`,
+    edits: [['log.append(RecordKind.set, 1);', '']],
+  },
+  {
+    name: 'qcow2: a cluster that was used before is taken for zeroes',
+    file: `${QCOW2}/allocator.ts`,
+    edits: [['this.isZeroed = this.#runStart >= this.#zeroFrom;', 'this.isZeroed = true;']],
+  },
+  {
+    name: 'qcow2: the log that a session left is not carried out',
+    file: `${QCOW2}/qcow2.ts`,
+    edits: [['this.#replayed = yield* replay(engine, left);', 'this.#replayed = 0;']],
   },
 ];
