@@ -75,7 +75,8 @@ export class Backup {
   *#copy(job: ImageJob, ranges: BitmapBits | null): Task<void> {
     const { image, engine, reactor, bdev } = this.#live;
     const { l1Offset, l1Entries, sizeBytes } = findSnapshot(image.snapshots, this.snapshot);
-    const header = { ...image.header, l1Offset, l1Entries, sizeBytes };
+    // As an image of its own that holds nothing else.
+    const header = { ...image.header, l1Offset, l1Entries, sizeBytes, snapshotCount: 0, bitmaps: null };
     const { bdev: base, channel } = image.file;
     const kept = new Qcow2Image(header, { reactor, base, channel, l2CacheBytes: L2_CACHE_BYTES });
     const reader = new Engine({
