@@ -22,11 +22,11 @@ const TIMEOUT_MS = 300_000;
 
 /** Files of its own name over and over, each synced before it is named in the list, which is synced, too. */
 const WORK = `
-mkdir -p /work && : >/work/list
+mkdir -p /files && : >/files/list
 i=0
 while [ $i -lt ${FILES_MAX} ]; do
-  seq $i $((i + 500)) >/work/file$i && sync /work/file$i && sha1sum /work/file$i >>/work/list && sync /work/list || exit 1
-  [ $((i % 7)) -ne 3 ] || rm -f /work/extra && dd if=/dev/urandom of=/work/extra bs=64k count=8 2>/dev/null
+  seq $i $((i + 500)) >/files/file$i && sync /files/file$i && sha1sum /files/file$i >>/files/list && sync /files/list || exit 1
+  [ $((i % 7)) -ne 3 ] || rm -f /files/extra && dd if=/dev/urandom of=/files/extra bs=64k count=8 2>/dev/null
   i=$((i + 1))
   echo $i >/dev/ttyS0
 done`;
@@ -71,10 +71,10 @@ describe.runIf(isStrata)('a root file system on an overlay over a compressed ima
 
     const again = await boot(disk);
     // Something was done, and after the last kill, too.
-    const count = Number((await again.sh('wc -l </work/list')).trim());
+    const count = Number((await again.sh('wc -l </files/list')).trim());
     expect(count).toBeGreaterThan(20);
     // The last line may be of a list that was not synced.
-    await again.sh('head -n -1 /work/list | sha1sum -c - >/tmp/checked 2>&1 || { cat /tmp/checked; exit 1; }', {
+    await again.sh('head -n -1 /files/list | sha1sum -c - >/tmp/checked 2>&1 || { cat /tmp/checked; exit 1; }', {
       timeoutMs: TIMEOUT_MS,
     });
     expect(await kernelComplaints(again)).toBe('');
