@@ -66,9 +66,13 @@ export class Backup {
       isDone = true;
     } finally {
       if (!isDone && bitmap !== null && ranges !== null) engine.bitmaps?.get(bitmap)?.merge(ranges);
-      yield* engine.thawed();
-      yield* edit((file) => deleteSnapshot(file, this.snapshot));
-      this.#target.close();
+      try {
+        yield* engine.thawed();
+        const isThere = this.#live.image.snapshots.some(({ name }) => name === this.snapshot);
+        if (isThere) yield* edit((file) => deleteSnapshot(file, this.snapshot));
+      } finally {
+        this.#target.close();
+      }
     }
   }
 

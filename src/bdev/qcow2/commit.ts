@@ -323,6 +323,9 @@ export class Committer implements IoOwner, Timer {
       else if (!isOk) this.#l1Dirty.add(place);
     }
     this.#staged = 0;
+    // Whoever is woken may begin the next round, whose flushes are not these.
+    const flushes = this.#current;
+    this.#current = new IoQueue();
     this.#phase = Phase.idle;
     // Before anything that was waiting for the round can change what the log says.
     if (isOk && this.#takesAll) log?.commit();
@@ -331,7 +334,6 @@ export class Committer implements IoOwner, Timer {
     image.loader.onRoom();
     allocator.loader.onRoom();
     const status = statusOfErrno(this.#errno);
-    const flushes = this.#current;
     // A flush is answered when all that was dirty has been written: it goes into the next round where this one was too small.
     if (isOk && !this.#takesAll) {
       for (let io = flushes.shift(); io !== null; io = flushes.shift()) this.#next.append(io);
