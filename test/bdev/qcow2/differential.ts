@@ -158,6 +158,8 @@ export function runDifferential({ image: options, before, steps, together }: Dif
     makeImages(qemu, options, before);
     // Now and then QEMU 7.2 itself damages an image with compressed clusters of 512 bytes.
     fc.pre(qemu.check('theirs').status === 0);
+    const { data } = qemu.info('theirs')['format-specific'] as { readonly data: { readonly corrupt?: boolean } };
+    fc.pre(data.corrupt !== true);
     copyFileSync(qemu.path('theirs'), qemu.path('ours'));
     if (options.dataFile !== 'none') {
       copyFileSync(qemu.path('theirs.data'), qemu.path('ours.data'));
