@@ -9,13 +9,13 @@ import { native } from '../../../native/index.js';
 import { BdevError } from '../bdev.js';
 import type { OpenBdev } from '../bdev.js';
 import { IoFlag, IoType } from '../bdev-io.js';
+import type { Job } from '../job.js';
 import { TaskIo } from './channel-file.js';
 import { BitmapBits } from './edit/bitmap-bits.js';
 import { clearBitmap } from './edit/bitmaps.js';
 import { createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
 import type { NewSnapshot } from './edit/snapshots.js';
 import { Engine } from './engine.js';
-import type { ImageJob } from './image-job.js';
 import { Qcow2Image } from './image.js';
 import type { LiveImage } from './operations.js';
 import type { Task } from './task.js';
@@ -47,7 +47,7 @@ export class Backup {
     );
   }
 
-  *run(job: ImageJob, moment: NewSnapshot): Task<void> {
+  *run(job: Job, moment: NewSnapshot): Task<void> {
     const { edit, engine } = this.#live;
     const bitmap = this.#bitmap;
     let ranges: BitmapBits | null = null;
@@ -76,7 +76,7 @@ export class Backup {
     }
   }
 
-  *#copy(job: ImageJob, ranges: BitmapBits | null): Task<void> {
+  *#copy(job: Job, ranges: BitmapBits | null): Task<void> {
     const { image, engine, reactor, bdev } = this.#live;
     const { l1Offset, l1Entries, sizeBytes } = findSnapshot(image.snapshots, this.snapshot);
     // As an image of its own that holds nothing else.

@@ -6,6 +6,7 @@ import type { Reactor } from '../../poller/reactor.js';
 import { BdevError } from '../bdev.js';
 import type { Bdev, OpenBdev } from '../bdev.js';
 import { IoType } from '../bdev-io.js';
+import { Job } from '../job.js';
 import { Backup } from './backup.js';
 import { TaskIo } from './channel-file.js';
 import { addBitmap, clearBitmap, removeBitmap } from './edit/bitmaps.js';
@@ -14,7 +15,6 @@ import { applySnapshot, createSnapshot, deleteSnapshot, findSnapshot } from './e
 import type { NewSnapshot } from './edit/snapshots.js';
 import type { Engine } from './engine.js';
 import type { ImageFile } from './image-file.js';
-import { ImageJob } from './image-job.js';
 import type { Qcow2Image } from './image.js';
 import { BitmapFlag } from './tables.js';
 import type { Bitmap, Snapshot } from './tables.js';
@@ -41,7 +41,7 @@ export interface LiveImage {
 export class Operations {
   readonly #live: LiveImage;
   /** The last one. */
-  #job: ImageJob | null = null;
+  #job: Job | null = null;
 
   constructor(live: LiveImage) {
     this.#live = live;
@@ -141,7 +141,7 @@ export class Operations {
     return this.#start('stream', image.sizeBytes, bytesPerSecond, (job) => this.#streamAll(job));
   }
 
-  *#streamAll(job: ImageJob): Task<void> {
+  *#streamAll(job: Job): Task<void> {
     const { bdev, engine, edit } = this.#live;
     const request = new TaskIo({ submit: (io) => engine.populate(io), close: () => undefined }, bdev);
     // A disk that grows meanwhile has nothing below its former end.
@@ -180,7 +180,7 @@ export class Operations {
     type: string,
     totalBytes: number,
     bytesPerSecond: number,
-    work: (job: ImageJob) => Task<void>,
+    work: (job: Job) => Task<void>,
   ): Record<string, unknown> {
     const { bdev, engine, reactor } = this.#live;
     if (this.#job?.isRunning === true) {
@@ -188,7 +188,7 @@ export class Operations {
     }
     if (engine.isReadOnly)
       throw new BdevError('read-only', 'name', `${bdev.name} is not written to`, 'open it for writing');
-    const job = new ImageJob(type, totalBytes, reactor, bytesPerSecond);
+    const job = new Job(type, totalBytes, reactor, bytesPerSecond);
     this.#job = job;
     startTask(
       work(job),

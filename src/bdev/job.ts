@@ -1,7 +1,7 @@
-/** Long work on an image in use, in steps between which requests are served: how far it is, how fast it may go, and how it ends. */
-import type { Timer } from '../../poller/poller.js';
-import type { Reactor } from '../../poller/reactor.js';
-import { BdevError } from '../bdev.js';
+/** Long work on a disk in use, in steps between which requests are served: how far it is, how fast it may go, and how it ends. */
+import type { Timer } from '../poller/poller.js';
+import type { Reactor } from '../poller/reactor.js';
+import { BdevError } from './bdev.js';
 import type { Task, Wait, Waiter } from './task.js';
 
 export type JobState = 'running' | 'done' | 'failed' | 'cancelled';
@@ -38,7 +38,7 @@ class Pause implements Wait, Timer {
   }
 }
 
-export class ImageJob {
+export class Job {
   readonly type: string;
   readonly totalBytes: number;
   doneBytes = 0;
