@@ -13,6 +13,7 @@
  * - References that a change dropped are given up only when the round that wrote the change is over, and all that was in flight by
  *   then is, too: until then nothing else is put there.
  * - A slice whose copy is on its way stays in the cache.
+ * - A flush is answered by a round that began after it came. So none begins while one ends: whoever that wakes may write and flush.
  */
 import { EIO, native } from '../../../native/index.js';
 import type { Timer } from '../../poller/poller.js';
@@ -32,7 +33,8 @@ const STAGED_MAX = 1024;
 const LAZY_US = 5_000_000;
 const COPY_DOUBLES = 3;
 
-const Phase = { idle: 0, refcounts: 1, firstSync: 2, mappings: 3, secondSync: 4 } as const;
+/** While a round answers, all it had to do is done, but the next one has to wait. */
+const Phase = { idle: 0, refcounts: 1, firstSync: 2, mappings: 3, secondSync: 4, answers: 5 } as const;
 type Phase = (typeof Phase)[keyof typeof Phase];
 
 /** Kinds of what is staged. */
@@ -104,7 +106,7 @@ export class Committer implements IoOwner, Timer {
   }
 
   get isIdle(): boolean {
-    return this.#phase === Phase.idle;
+    return this.#phase === Phase.idle || this.#phase === Phase.answers;
   }
 
   /** Answers the io when all that completed before is durable. */
@@ -144,6 +146,7 @@ export class Committer implements IoOwner, Timer {
   /** Nothing is under way. */
   release(): void {
     const { reactor } = this.#options;
+    this.#isWanted = false;
     reactor.cancel(this);
     reactor.arena.release(this.#staging);
   }
@@ -323,17 +326,15 @@ export class Committer implements IoOwner, Timer {
       else if (!isOk) this.#l1Dirty.add(place);
     }
     this.#staged = 0;
-    // Whoever is woken may begin the next round, whose flushes are not these.
-    const flushes = this.#current;
-    this.#current = new IoQueue();
-    this.#phase = Phase.idle;
     // Before anything that was waiting for the round can change what the log says.
     if (isOk && this.#takesAll) log?.commit();
     if (isOk) onRound(this.#takesAll);
     if (!this.waiters.isEmpty) this.waiters.wakeAll(this.#errno);
     image.loader.onRoom();
     allocator.loader.onRoom();
+    this.#phase = Phase.answers;
     const status = statusOfErrno(this.#errno);
+    const flushes = this.#current;
     // A flush is answered when all that was dirty has been written: it goes into the next round where this one was too small.
     if (isOk && !this.#takesAll) {
       for (let io = flushes.shift(); io !== null; io = flushes.shift()) this.#next.append(io);
@@ -341,6 +342,7 @@ export class Committer implements IoOwner, Timer {
       for (let left = flushes.length; left > 0; left--) flushes.shift()!.complete(status, this.#errno);
       if (!isOk) this.noteChange();
     }
+    this.#phase = Phase.idle;
     if (this.#next.length > 0 || (this.#isWanted && isOk)) this.#begin();
   }
 
