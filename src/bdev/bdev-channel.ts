@@ -140,8 +140,13 @@ export class BdevChannel implements IoChannel, IoOwner, Poller {
     io.complete(status, errno);
   }
 
+  /** Whether no request is in flight. */
+  isIdle(): boolean {
+    return this.#below === 0 && this.#refused.length === 0 && this.#queued.length === 0 && this.#jobs.active === 0;
+  }
+
   close(): void {
-    if (!this.#isIdle()) throw new Error(`bdev ${this.bdev.name}: closed with I/O in flight`);
+    if (!this.isIdle()) throw new Error(`bdev ${this.bdev.name}: closed with I/O in flight`);
     if (this.#polling) this.reactor.removePoller(this);
     this.#endWatch();
     this.#channel.close();
@@ -266,12 +271,8 @@ export class BdevChannel implements IoChannel, IoOwner, Poller {
     }
   }
 
-  #isIdle(): boolean {
-    return this.#below === 0 && this.#refused.length === 0 && this.#queued.length === 0 && this.#jobs.active === 0;
-  }
-
   #completeResets(): void {
-    if (!this.#isIdle()) return;
+    if (!this.isIdle()) return;
     for (let io = this.#resets.shift(); io !== null; io = this.#resets.shift()) this.finish(io, IoStatus.success, 0);
   }
 }

@@ -222,6 +222,20 @@ export class IoQueue {
     this.#length--;
     return io;
   }
+
+  /** Takes one out that is in it: for those near the head. */
+  remove(io: BdevIo): void {
+    if (io === this.#head) {
+      this.shift();
+      return;
+    }
+    let before = this.#head!;
+    while (before.next !== io) before = before.next!;
+    before.next = io.next;
+    if (this.#tail === io) this.#tail = before;
+    io.next = null;
+    this.#length--;
+  }
 }
 
 /** A filter's answer to "what became of the io below": an errno as the status a bdev reports. */

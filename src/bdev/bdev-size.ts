@@ -5,6 +5,7 @@
  * Invariants
  * - A disk that somebody has open never shrinks: no request that was within it is beyond it later.
  * - The size is changed after the storage behind it: what is shown can be read and written.
+ * - While somebody has pinned it, it does not change.
  */
 import { BdevError } from './bdev.js';
 
@@ -20,6 +21,8 @@ export class BdevSize {
   readonly #blockSizeBytes: number;
   readonly #storage: Storage;
   readonly #watchers = new Set<() => void>();
+  /** Why it may not change at the moment. */
+  readonly #pins = new Set<{ readonly reason: string }>();
   #blockCount: number;
 
   constructor(blockSizeBytes: number, storage: Storage) {
@@ -40,6 +43,13 @@ export class BdevSize {
     return () => this.#watchers.delete(watcher);
   }
 
+  /** Keeps the size as it is. @param reason what goes on, as `disk is mirrored` @returns what ends that */
+  pin(reason: string): () => void {
+    const pin = { reason };
+    this.#pins.add(pin);
+    return () => this.#pins.delete(pin);
+  }
+
   /** Changes the storage and the size. Throws BdevError, and leaves everything as it was. */
   resize(sizeBytes: number): void {
     const unit = this.#blockSizeBytes;
@@ -52,6 +62,7 @@ export class BdevSize {
       );
     }
     this.#refuseShrinking(sizeBytes / unit);
+    this.#refusePinned(sizeBytes / unit);
     this.#storage.resize(sizeBytes);
     this.#set(sizeBytes / unit);
   }
@@ -60,7 +71,14 @@ export class BdevSize {
   rescan(): void {
     const blockCount = Math.floor(this.#storage.sizeBytes() / this.#blockSizeBytes);
     this.#refuseShrinking(blockCount);
+    this.#refusePinned(blockCount);
     this.#set(blockCount);
+  }
+
+  #refusePinned(blockCount: number): void {
+    if (blockCount === this.#blockCount || this.#pins.size === 0) return;
+    const reasons = [...this.#pins].map(({ reason }) => reason).join(', ');
+    throw new BdevError('busy', 'newSize', `the size cannot change now: ${reasons}`, 'try again when that is over');
   }
 
   #refuseShrinking(blockCount: number): void {

@@ -109,7 +109,20 @@ export interface IoChannel {
 export interface OpenBdev {
   readonly bdev: Bdev;
   readonly channel: IoChannel;
+  /** Whether no request of its channel is in flight. */
+  isIdle(): boolean;
   close(): void;
+}
+
+/** A consumer that can be moved to another bdev while it goes on. */
+export interface BdevUser {
+  /** What it claims its bdev under. */
+  readonly name: string;
+  readonly open: OpenBdev;
+  /** Sends requests another way from now on, in the end to the bdev it has open. */
+  route(channel: IoChannel): void;
+  /** Uses another bdev from now on, of the same block size, at least as large, and able to do all that the one before was. None of its requests is in flight. */
+  moveTo(open: OpenBdev): void;
 }
 
 /** What a module's `create` may use: the way to its bases and to its reactor. */

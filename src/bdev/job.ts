@@ -46,7 +46,7 @@ export class Job {
   /** Why it failed. */
   error: string | null = null;
   readonly #reactor: Reactor;
-  readonly #bytesPerSecond: number;
+  #bytesPerSecond: number;
   #isCancelled = false;
   #pause: Pause | null = null;
   #nextUs: number;
@@ -62,6 +62,13 @@ export class Job {
 
   get isRunning(): boolean {
     return this.state === 'running';
+  }
+
+  /** How fast it may go from now on. @param bytesPerSecond 0: no limit */
+  setPace(bytesPerSecond: number): void {
+    this.#bytesPerSecond = bytesPerSecond;
+    this.#nextUs = this.#reactor.nowUs;
+    this.#pause?.end();
   }
 
   /** It ends at its next step. */

@@ -143,6 +143,7 @@ export class BdevRegistry {
       bdev: entry.bdev,
       channel,
       stats: entry.stats,
+      isIdle: () => channel.isIdle(),
       close: () => {
         channel.close();
         entry.users--;

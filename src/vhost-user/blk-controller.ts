@@ -2,7 +2,7 @@
 import { rmSync } from 'node:fs';
 import { EAGAIN, EINVAL, POLLIN, check, checkObject, native } from '../../native/index.js';
 import type { PeerCredentials } from '../../native/index.js';
-import type { OpenBdev } from '../bdev/bdev.js';
+import type { BdevUser, IoChannel, OpenBdev } from '../bdev/bdev.js';
 import type { Reactor } from '../poller/reactor.js';
 import { FdWatch } from '../poller/fd-watch.js';
 import { BlkDevice } from './blk-device.js';
@@ -42,7 +42,7 @@ export interface BlkControllerInfo {
   readonly faults: readonly string[];
 }
 
-export class BlkController {
+export class BlkController implements BdevUser {
   readonly name: string;
   /** Counters in shared memory: see controller-stats.ts. */
   readonly stats = newControllerStats();
@@ -50,7 +50,7 @@ export class BlkController {
   onClosedByPeer: (() => void) | null = null;
 
   readonly #reactor: Reactor;
-  readonly #open: OpenBdev;
+  #open: OpenBdev;
   readonly #device: BlkDevice;
   readonly #log: LogFunction;
   readonly #messageTimeoutUs: number;
@@ -102,6 +102,23 @@ export class BlkController {
     }
     if (this.#session === null) this.#state = 'listening';
     this.#listenWatch = new FdWatch(this.#reactor.ring, this.#listenFd, POLLIN, () => this.#acceptAll());
+  }
+
+  /** What it serves. */
+  get open(): OpenBdev {
+    return this.#open;
+  }
+
+  /** See BdevUser. */
+  route(channel: IoChannel): void {
+    this.#device.channel = channel;
+  }
+
+  /** See BdevUser. */
+  moveTo(open: OpenBdev): void {
+    this.#log('info', 'the disk is another bdev now', { from: this.#open.bdev.name, to: open.bdev.name });
+    this.#open = open;
+    this.#device.moveTo(open);
   }
 
   info(): BlkControllerInfo {

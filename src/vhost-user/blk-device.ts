@@ -27,8 +27,9 @@ export interface BlkDeviceOptions {
 }
 
 export class BlkDevice {
-  readonly bdev: Bdev;
-  readonly channel: IoChannel;
+  /** Both change when the disk is moved. */
+  bdev: Bdev;
+  channel: IoChannel;
   readonly queues: number;
   readonly readOnly: boolean;
   /** Sectors a discard or writeZeroes range may have. */
@@ -50,7 +51,7 @@ export class BlkDevice {
   onConfigChange: (() => void) | null = null;
 
   #writeback: boolean;
-  readonly #endWatch: () => void;
+  #endWatch: () => void;
 
   constructor(open: OpenBdev, options: BlkDeviceOptions, stats: Float64Array) {
     this.bdev = open.bdev;
@@ -65,7 +66,7 @@ export class BlkDevice {
     new TextEncoder().encodeInto(options.serial, this.serial);
     this.stats = stats;
     this.#writeback = options.writeCache;
-    this.#endWatch = this.bdev.size.watch(() => this.onConfigChange?.());
+    this.#endWatch = this.#watchSize();
   }
 
   /** Stored across sessions: a front-end that reconnects does not send the guest's choice again. */
@@ -76,6 +77,15 @@ export class BlkDevice {
   set writeback(on: boolean) {
     this.#writeback = on;
     this.#settleDurability();
+  }
+
+  /** Shows another bdev from now on, under what was promised of the one before. No request is in flight. */
+  moveTo({ bdev, channel }: OpenBdev): void {
+    this.#endWatch();
+    this.bdev = bdev;
+    this.channel = channel;
+    this.#endWatch = this.#watchSize();
+    this.onConfigChange?.();
   }
 
   /** Lets go of the bdev, which stays open. */
@@ -107,6 +117,10 @@ export class BlkDevice {
     if (offset !== CONFIG_WRITEBACK_AT || bytes.length !== 1 || bytes[0]! > 1) return false;
     this.writeback = bytes[0] === 1;
     return true;
+  }
+
+  #watchSize(): () => void {
+    return this.bdev.size.watch(() => this.onConfigChange?.());
   }
 
   /**

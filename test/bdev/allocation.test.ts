@@ -8,6 +8,7 @@
 import { GCProfiler } from 'node:v8';
 import { describe, expect, it } from 'vitest';
 import { IoType } from '../../src/bdev/bdev-io.js';
+import { Mirror } from '../../src/bdev/mirror/mirror.js';
 import { Load } from '../support/load.js';
 import { Rig } from '../support/rig.js';
 import * as make from './stacks.js';
@@ -83,6 +84,42 @@ describe('a request allocates nothing', () => {
     const image = make.qcow2('preallocation=metadata');
     expect(leastBytesPerRequest(image)).toBeLessThan(BYTES_PER_REQUEST_MAX);
     image.release();
+  });
+
+  it('in a mirror, on both legs', () => {
+    const rig = new Rig('allocation');
+    const source = rig.open([...disk.configs, { ...disk.configs[0]!, name: 'target' }].reverse());
+    let way = source.channel;
+    const user = {
+      name: 'test',
+      open: source,
+      route: (channel: typeof way) => void (way = channel),
+      moveTo: () => undefined,
+    };
+    const { registry, reactor } = rig;
+    const mirror = new Mirror({ user, registry, reactor, target: 'target', bytesPerSecond: 0 });
+    rig.until(() => mirror.info.state === 'ready', 'the mirror');
+    const memory = rig.arena.allocate(4096);
+    const load = (type: IoType, depth: number): Load =>
+      new Load(reactor, way, { type, lengthBytes: 4096, depth, memory });
+    // All at one place: so writes wait for each other, too.
+    const [reads, writes] = [load(IoType.read, DEPTH), load(IoType.write, 4)];
+    reads.start();
+    writes.start();
+    let least = Infinity;
+    for (let round = 0; round < ROUNDS_MAX && least > BYTES_PER_REQUEST_MAX; round++) {
+      least = Math.min(least, bytesPerRequest(rig, reads, writes));
+    }
+    expect(least).toBeLessThan(BYTES_PER_REQUEST_MAX);
+    expect(writes.done).toBeGreaterThan(10_000);
+    reads.stop();
+    writes.stop();
+    rig.until(() => reads.inflight + writes.inflight === 0, 'the last requests');
+    void mirror.cancel();
+    rig.until(() => registry.writerOf('target') === null, 'the end of the mirror');
+    source.close();
+    rig.arena.release(memory);
+    rig.close();
   });
 
   it('and one that does is noticed', () => {

@@ -47,7 +47,7 @@ export class Request implements IoOwner {
 
 export class Disk {
   readonly rig: Rig;
-  readonly open: OpenDisk;
+  open: OpenDisk;
   readonly sizeBytes: number;
   readonly blockBytes: number;
   readonly #memory: number;

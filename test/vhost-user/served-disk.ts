@@ -117,7 +117,7 @@ export class ServedDisk {
     this.journal = new JournalChannel(open.channel);
     this.controller = new BlkController(
       this.rig.reactor,
-      { bdev: open.bdev, channel: this.journal, close: () => open.close() },
+      { bdev: open.bdev, channel: this.journal, isIdle: () => open.isIdle(), close: () => open.close() },
       {
         name: open.bdev.name,
         serial: options.serial ?? 'serial',
