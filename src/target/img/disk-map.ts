@@ -17,7 +17,7 @@ export interface DiskExtent {
   readonly lengthBytes: number;
   /** `unallocated` holds nothing in any image of the chain: it reads as zeroes. */
   readonly kind: 'data' | 'compressed' | 'zero' | 'unallocated';
-  /** Which image of the chain it is found in, 0 the first; the last one for what is nowhere. */
+  /** Which image of the chain it is found in, 0 the first; the last one that reaches so far for what is nowhere. */
   readonly depth: number;
   /** Where its data is in the file of that image, or would be; null when it has no place or is compressed. */
   readonly hostOffset: number | null;
@@ -53,7 +53,6 @@ class Layer {
   at(offset: number, wanted: number): Omit<DiskExtent, 'start' | 'depth'> {
     const { geometry } = this;
     const { sizeBytes } = this.image;
-    if (offset >= sizeBytes) return { lengthBytes: wanted, kind: 'zero', hostOffset: null };
     const most = Math.min(wanted, sizeBytes - offset);
     if (geometry === null) return this.#rawAt(offset, most);
     const tableIndex = Math.floor(offset / geometry.tableCoverageBytes);
@@ -69,8 +68,11 @@ class Layer {
     extent.wantedBytes = Math.min(most, (slice + 1) * geometry.sliceCoverageBytes - offset);
     lookUp(geometry, this.#words, 0, extent);
     const { kind, lengthBytes, hostOffset } = extent;
-    const hasHost = kind === Mapped.data || (kind === Mapped.zero && extent.hostCluster >= 0);
-    return { kind: KINDS[kind], lengthBytes, hostOffset: hasHost ? hostOffset : null };
+    // A zero cluster at 0 has no place, while data may lie there, in an external file.
+    const isPlainZero = kind === Mapped.zero && !geometry.isExtended && hostOffset < geometry.clusterBytes;
+    const hasHost = kind !== Mapped.compressed && extent.hostCluster >= 0 && !isPlainZero;
+    const alikeBytes = isPlainZero ? Math.min(lengthBytes, geometry.clusterBytes - hostOffset) : lengthBytes;
+    return { kind: KINDS[kind], lengthBytes: alikeBytes, hostOffset: hasHost ? hostOffset : null };
   }
 
   /** Data, or a hole that the file system knows of. */
@@ -133,7 +135,8 @@ export function* mapDisk(chain: readonly OpenImage[], range: MapRange = {}): Gen
     for (let depth = 0; depth < layers.length; depth++) {
       const found = layers[depth]!.at(offset, wanted);
       wanted = found.lengthBytes;
-      if (found.kind === 'unallocated' && depth < layers.length - 1) continue;
+      const below = layers[depth + 1]?.image.sizeBytes ?? 0;
+      if (found.kind === 'unallocated' && offset < below) continue;
       yield { ...found, start: offset, depth };
       break;
     }

@@ -15,7 +15,7 @@ export interface MapCommand {
 }
 
 /** One line of the map, with the names of qemu-img's JSON. */
-interface Entry {
+export interface MapEntry {
   readonly start: number;
   length: number;
   readonly depth: number;
@@ -41,9 +41,12 @@ export function mapCommand(path: string, command: MapCommand): void {
   }
 }
 
-/** Neighbours that go on from one another are one. */
-function* entriesOf(chain: readonly OpenImage[], range: { start: number; lengthBytes?: number }): Generator<Entry> {
-  let last: Entry | null = null;
+/** The map of the first image: neighbours that go on from one another are one. Throws BdevError. */
+export function* entriesOf(
+  chain: readonly OpenImage[],
+  range: { start: number; lengthBytes?: number },
+): Generator<MapEntry> {
+  let last: MapEntry | null = null;
   for (const extent of mapDisk(chain, range)) {
     const entry = entryOf(chain, extent);
     if (last !== null && goesOn(last, entry)) {
@@ -56,7 +59,7 @@ function* entriesOf(chain: readonly OpenImage[], range: { start: number; lengthB
   if (last !== null) yield last;
 }
 
-function entryOf(chain: readonly OpenImage[], { start, lengthBytes, kind, depth, hostOffset }: DiskExtent): Entry {
+function entryOf(chain: readonly OpenImage[], { start, lengthBytes, kind, depth, hostOffset }: DiskExtent): MapEntry {
   const zero = kind === 'zero' || kind === 'unallocated';
   const { header } = chain[depth]!;
   const isElsewhere = header !== null && hasExternalData(header) && header.dataFile === null;
@@ -64,7 +67,7 @@ function entryOf(chain: readonly OpenImage[], { start, lengthBytes, kind, depth,
   return { start, length: lengthBytes, depth, present: kind !== 'unallocated', zero, data: !zero, ...offset };
 }
 
-function goesOn(last: Entry, next: Entry): boolean {
+function goesOn(last: MapEntry, next: MapEntry): boolean {
   const { depth, present, zero, data, offset } = last;
   const isAlike = depth === next.depth && present === next.present && zero === next.zero && data === next.data;
   if (!isAlike || (offset === undefined) !== (next.offset === undefined)) return false;
@@ -72,7 +75,7 @@ function goesOn(last: Entry, next: Entry): boolean {
 }
 
 /** One entry to a line, as the list may be long. */
-function printEntries(entries: Iterable<Entry>): void {
+function printEntries(entries: Iterable<MapEntry>): void {
   let separator = '[';
   for (const { start, length, depth, present, zero, data, offset } of entries) {
     const place = offset === undefined ? '' : `, "offset": ${offset}`;
@@ -86,7 +89,7 @@ function printEntries(entries: Iterable<Entry>): void {
 }
 
 /** Only what has data, and where it is. */
-function printTable(chain: readonly OpenImage[], entries: Iterable<Entry>): void {
+function printTable(chain: readonly OpenImage[], entries: Iterable<MapEntry>): void {
   const hex = (value: number): string => (value === 0 ? '0' : `0x${value.toString(16)}`).padEnd(16);
   print(`${'Offset'.padEnd(16)}${'Length'.padEnd(16)}${'Mapped to'.padEnd(16)}File\n`);
   for (const { start, length, depth, data, offset } of entries) {
