@@ -172,7 +172,7 @@ export class Reactor {
     this.#yieldDueUs = this.clock.nowUs() + SLICE_MAX_US;
     this.#yieldWanted = false;
     do {
-      if (!this.step() && this.mode !== 'busy') this.#rest();
+      if (!this.step() && this.mode !== 'busy') this.rest();
     } while (!this.#yieldWanted && this.nowUs < this.#yieldDueUs);
   }
 
@@ -189,13 +189,15 @@ export class Reactor {
   }
 
   /**
+   * For whoever runs steps himself, after one without work.
+   *
    * Nothing to do in this step: come back at once to look again, or sleep. See docs/decisions/0003.
    *
    * With many requests in flight a completion comes any moment, and guests answer it at once or much later: look for their
    * answer for a moment, then sleep until the next completion without asking for kicks, which would cost the guests and wake us
    * for single requests. With few or none in flight spin for `pollUs`, unless completions have lately taken longer than that.
    */
-  #rest(): void {
+  rest(): void {
     const inflight = this.ring.inflight;
     const quietUs = this.nowUs - this.#lastBusyUs;
     const isDeep = inflight >= DEEP_INFLIGHT;

@@ -2,16 +2,17 @@
 import { checkImage } from '../../bdev/qcow2/check.js';
 import type { CheckReport, Repair } from '../../bdev/qcow2/check.js';
 import { runTask } from './node-file.js';
-import { openImage } from './open-image.js';
+import { imageSpec } from './image-spec.js';
+import type { SpecOptions } from './image-spec.js';
+import { closeImage, openImage } from './open-image.js';
 import { ProgressLine, parseChoice, print, printJson } from './words.js';
 
-export interface CheckCommand {
+export interface CheckCommand extends SpecOptions {
   readonly quiet?: boolean;
   readonly format?: string;
   readonly output: 'human' | 'json';
   readonly repair?: string;
   readonly progress?: boolean;
-  readonly forceShare?: boolean;
   readonly discardSession?: boolean;
 }
 
@@ -22,9 +23,8 @@ const EXIT_NO_CHECKS = 63;
 export function checkCommand(path: string, command: CheckCommand): number {
   const repair = command.repair === undefined ? 'none' : parseChoice('repair', command.repair, ['leaks', 'all']);
   const { quiet = false } = command;
-  const image = openImage(path, command.format ?? null, {
+  const image = openImage(imageSpec(path, command.format ?? null, command), {
     mode: repair === 'none' ? 'read' : 'write',
-    forceShare: command.forceShare === true && repair === 'none',
     discardSession: command.discardSession === true,
   });
   try {
@@ -49,11 +49,11 @@ export function checkCommand(path: string, command: CheckCommand): number {
       }
       report = { ...check('none'), corruptionsFixed, leaksFixed };
     }
-    if (command.output === 'json') printJson(asJson(path, report));
+    if (command.output === 'json') printJson(asJson(image.file.path, report));
     else if (!quiet) print(asText(report));
     return exitCodeOf(report);
   } finally {
-    image.file.close();
+    closeImage(image);
   }
 }
 

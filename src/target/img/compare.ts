@@ -6,102 +6,95 @@ import { BdevIo, IoStatus, IoType } from '../../bdev/bdev-io.js';
 import type { IoOwner } from '../../bdev/bdev-io.js';
 import type { BdevError, OpenBdev } from '../../bdev/bdev.js';
 import { DiskHost, requestError } from './disk-host.js';
-import { mapDisk, wholeSectors } from './disk-map.js';
+import { wholeSectors } from './disk-map.js';
 import type { DiskExtent } from './disk-map.js';
-import { closeChain, openChain } from './open-chain.js';
-import type { OpenImage } from './open-image.js';
+import { openSource } from './disk-source.js';
+import type { DiskSource, SourceOptions } from './disk-source.js';
+import { isDirect } from './image-spec.js';
 import { ProgressLine, print } from './words.js';
 
-export interface CompareCommand {
+export interface CompareCommand extends SourceOptions {
   readonly format?: string;
   readonly secondFormat?: string;
   readonly strict?: boolean;
   readonly progress?: boolean;
   readonly quiet?: boolean;
-  readonly forceShare?: boolean;
+  /** `-T`. */
+  readonly sourceCache: string;
 }
 
 const PIECE_BYTES = 2 ** 20;
 const PARALLEL = 8;
 
-/** @returns the exit code. Throws BdevError. */
-export function compareCommand(firstPath: string, secondPath: string, command: CompareCommand): number {
-  const { strict = false, quiet = false, forceShare = false } = command;
+/** @returns the exit code. Rejects with BdevError. */
+export async function compareCommand(firstName: string, secondName: string, command: CompareCommand): Promise<number> {
+  const { strict = false, quiet = false } = command;
+  const options = { ...command, direct: isDirect(command.sourceCache) };
   const say = (text: string): void => {
     if (!quiet) print(`${text}\n`);
   };
-  const first = openChain(firstPath, command.format ?? null, forceShare);
-  let second: OpenImage[] = [];
+  const host = new DiskHost();
+  const sources: DiskSource[] = [];
   try {
-    second = openChain(secondPath, command.secondFormat ?? null, forceShare);
-    const sizes = [first[0]!.sizeBytes, second[0]!.sizeBytes] as const;
-    if (sizes[0] !== sizes[1]) {
+    const first = await openSource(host, firstName, command.format ?? null, options);
+    sources.push(first);
+    const second = await openSource(host, secondName, command.secondFormat ?? null, options);
+    sources.push(second);
+    if (first.sizeBytes !== second.sizeBytes) {
       say(strict ? 'Strict mode: Image size mismatch!' : 'Warning: Image size mismatch!');
       if (strict) return 1;
     }
     const progress = new ProgressLine(command.progress === true && !quiet);
-    const problem = findDifference(first, second, { strict, forceShare, onProgress: (done) => progress.update(done) });
+    const problem = findDifference(host, [first, second], strict, (done) => progress.update(done));
     progress.end();
-    if (problem !== null) {
-      say(problem);
-      return 1;
-    }
-    say('Images are identical.');
-    return 0;
+    say(problem ?? 'Images are identical.');
+    return problem === null ? 0 : 1;
   } finally {
-    closeChain(first);
-    closeChain(second);
+    host.close();
+    for (const source of sources) source.close();
   }
 }
 
-interface DifferenceOptions {
-  readonly strict: boolean;
-  readonly forceShare: boolean;
-  readonly onProgress: (fraction: number) => void;
-}
+type Sources = readonly [DiskSource, DiskSource];
 
 /** What differs first, in words, or null. */
 function findDifference(
-  first: readonly OpenImage[],
-  second: readonly OpenImage[],
-  options: DifferenceOptions,
+  host: DiskHost,
+  sources: Sources,
+  strict: boolean,
+  onProgress: (fraction: number) => void,
 ): string | null {
-  const host = new DiskHost();
+  const disks = sources.map((source) => source.open());
+  const windows: Window[] = [];
+  for (let i = 0; i < PARALLEL; i++) windows.push(new Window(host, disks, sources));
   try {
-    const disks = [host.openChain(first, options.forceShare), host.openChain(second, options.forceShare)] as const;
-    const windows: Window[] = [];
-    for (let i = 0; i < PARALLEL; i++) windows.push(new Window(host, disks, [first[0]!, second[0]!]));
-    try {
-      return search(host, windows, first, second, options);
-    } finally {
-      // What is in flight writes to the windows' memory.
-      for (const window of windows) host.run(() => window.isDone);
-      for (const window of windows) window.release();
-    }
+    return search(host, windows, sources, strict, onProgress);
   } finally {
-    host.close();
+    // What is in flight writes to the windows' memory.
+    for (const window of windows) host.run(() => window.isDone);
+    for (const window of windows) window.release();
   }
 }
 
 function search(
   host: DiskHost,
   windows: readonly Window[],
-  first: readonly OpenImage[],
-  second: readonly OpenImage[],
-  options: DifferenceOptions,
+  sources: Sources,
+  strict: boolean,
+  onProgress: (fraction: number) => void,
 ): string | null {
-  const size = Math.max(first[0]!.sizeBytes, second[0]!.sizeBytes);
+  const size = Math.max(sources[0].sizeBytes, sources[1].sizeBytes);
   const busy: Window[] = [];
   const settle = (): string | null => {
     const window = busy.shift()!;
     host.run(() => window.isDone);
     const at = window.difference();
-    options.onProgress(window.start / size);
+    onProgress(window.start / size);
     return at === null ? null : `Content mismatch at offset ${at}!`;
   };
   let turn = 0;
-  for (const pair of pairsOf(first, second)) {
-    if (options.strict && isPresent(pair.a) !== isPresent(pair.b)) {
+  for (const pair of pairsOf(sources)) {
+    if (strict && isPresent(pair.a) !== isPresent(pair.b)) {
       while (busy.length > 0) {
         const found = settle();
         if (found !== null) return found;
@@ -142,10 +135,10 @@ function isPresent(extent: DiskExtent | null): boolean {
 }
 
 /** Both maps, cut so that each part is of one kind in both. */
-function* pairsOf(first: readonly OpenImage[], second: readonly OpenImage[]): Generator<Pair> {
-  const maps = [wholeSectors(mapDisk(first)), wholeSectors(mapDisk(second))] as const;
+function* pairsOf([first, second]: Sources): Generator<Pair> {
+  const maps = [wholeSectors(first.extents()), wholeSectors(second.extents())] as const;
   const extents: [DiskExtent | null, DiskExtent | null] = [null, null];
-  const size = Math.max(first[0]!.sizeBytes, second[0]!.sizeBytes);
+  const size = Math.max(first.sizeBytes, second.sizeBytes);
   for (let at = 0; at < size;) {
     let end = size;
     for (const i of [0, 1] as const) {
@@ -169,14 +162,14 @@ class Window implements IoOwner {
   #error: BdevError | null = null;
   readonly #host: DiskHost;
   readonly #disks: readonly OpenBdev[];
-  readonly #images: readonly OpenImage[];
+  readonly #sources: Sources;
   readonly #ios = [new BdevIo(), new BdevIo()] as const;
   readonly #addresses: number[];
 
-  constructor(host: DiskHost, disks: readonly OpenBdev[], images: readonly OpenImage[]) {
+  constructor(host: DiskHost, disks: readonly OpenBdev[], sources: Sources) {
     this.#host = host;
     this.#disks = disks;
-    this.#images = images;
+    this.#sources = sources;
     const { arena } = host.reactor;
     this.#addresses = [arena.allocate(PIECE_BYTES), arena.allocate(PIECE_BYTES)];
   }
@@ -205,7 +198,7 @@ class Window implements IoOwner {
 
   onDone(io: BdevIo, disk: number): void {
     if (io.status !== IoStatus.success) {
-      this.#error ??= requestError('read', this.#images[disk]!.file.path, io.offsetBytes, io.errno);
+      this.#error ??= requestError('read', this.#sources[disk]!.path, io.offsetBytes, io.errno);
     }
     this.#waiting--;
   }

@@ -7,7 +7,7 @@ import { ENCRYPT_OPTIONS, makeLuksHeader } from './encryption.js';
 import { optionHelp, parseFormat, parseImageOptions, roundUp } from './image-options.js';
 import type { Format } from './image-options.js';
 import { NodeFile, runTask } from './node-file.js';
-import { openImage, resolveName } from './open-image.js';
+import { closeImage, openImage, resolveName } from './open-image.js';
 import { parseImageSize, print, usage } from './words.js';
 
 const encryptNames = ENCRYPT_OPTIONS.map(([name]) => name);
@@ -87,8 +87,8 @@ function makeRaw(path: string, sizeBytes: number, preallocation: Preallocation):
 }
 
 function sizeOfBacking(path: string, name: string, format: string | null): number {
-  const backing = openImage(resolveName(path, name), format, { mode: 'read' });
-  backing.file.close();
+  const backing = openImage({ path: resolveName(path, name), format }, { mode: 'read' });
+  closeImage(backing);
   return roundUp(backing.sizeBytes);
 }
 

@@ -6,26 +6,31 @@
 import { availableParallelism } from 'node:os';
 import { Arena } from '../../../native/index.js';
 import { BdevError } from '../../bdev/bdev.js';
-import type { OpenBdev } from '../../bdev/bdev.js';
+import type { BdevConfig, BdevModule, OpenBdev, UseGuard } from '../../bdev/bdev.js';
 import { BdevIo, IO_TYPE_NAMES, IoStatus, IoType } from '../../bdev/bdev-io.js';
 import type { IoOwner } from '../../bdev/bdev-io.js';
 import type { MallocConfig } from '../../bdev/malloc/malloc.js';
 import { modules } from '../../bdev/modules.js';
-import { readHeader } from '../../bdev/qcow2/check.js';
-import { hasExternalData } from '../../bdev/qcow2/format.js';
+import { CryptMethod, hasExternalData } from '../../bdev/qcow2/format.js';
 import type { Qcow2Header } from '../../bdev/qcow2/format.js';
+import type { QosConfig } from '../../bdev/qos/qos.js';
 import type { Qcow2Config } from '../../bdev/qcow2/qcow2.js';
 import { BdevRegistry } from '../../bdev/registry.js';
 import type { UringConfig } from '../../bdev/uring/uring.js';
 import { SeededRandom, SystemClock } from '../../poller/clock.js';
 import { Reactor } from '../../poller/reactor.js';
 import { Uring } from '../../poller/uring.js';
-import type { Format } from './image-options.js';
-import { NodeFile, runTask } from './node-file.js';
-import { resolveName } from './open-image.js';
+import { basesOf } from '../config/config.js';
+import type { AnyBdevConfig } from '../config/config.js';
+import { headerViewModule } from './header-view.js';
+import type { HeaderViewConfig } from './header-view.js';
+import type { ImageSpec } from './image-spec.js';
+import { salvageModule } from './salvage.js';
+import type { SalvageConfig } from './salvage.js';
+import { openImage, resolveName } from './open-image.js';
 import type { OpenImage } from './open-image.js';
 
-const WAIT_US = 20_000;
+const OWN_MODULES = [headerViewModule, salvageModule] as unknown as readonly BdevModule<BdevConfig>[];
 const L2_CACHE_BYTES = 32 * 2 ** 20;
 const CLUSTER_CACHE_BYTES = 64 * 2 ** 20;
 
@@ -34,6 +39,7 @@ export class DiskHost {
   readonly registry: BdevRegistry;
   readonly #ring: Uring;
   readonly #opened: OpenBdev[] = [];
+  readonly #guards: UseGuard[] = [];
   #count = 0;
 
   constructor() {
@@ -42,35 +48,91 @@ export class DiskHost {
     this.#ring = new Uring(arena);
     const random = new SeededRandom(process.pid);
     this.reactor = new Reactor({ name: 'img', arena, ring: this.#ring, clock, random, mode: 'interrupt', pollUs: 0 });
-    this.registry = new BdevRegistry(this.reactor, modules);
+    this.registry = new BdevRegistry(this.reactor, [...modules, ...OWN_MODULES]);
   }
 
   /** Opens the disk that a chain of images is, to read. Throws BdevError. */
-  openChain(chain: readonly OpenImage[], forceShare: boolean): OpenBdev {
+  openChain(chain: readonly OpenImage[]): OpenBdev {
     let below: string | null = null;
     for (const image of [...chain].reverse()) {
-      below = this.#create(image.file.path, image.format, { readOnly: true, lock: !forceShare, backing: below });
+      const { spec, format, header, key } = image;
+      below = this.#create({ spec, format, header, key }, { readOnly: true, backing: below });
     }
     return this.#open(below!, null);
   }
 
-  /** Opens a disk to write. @param behind what shows through where it holds nothing, to read. Throws BdevError. */
-  openTarget(path: string, format: Format, behind: readonly OpenImage[]): OpenBdev {
-    const backing = behind.length === 0 ? null : this.openChain(behind, false).bdev.name;
-    return this.#open(this.#create(path, format, { readOnly: false, lock: true, backing }), 'img');
+  /** Opens a disk to write, which nobody else has open. @param behind what shows through where it holds nothing. Throws BdevError. */
+  openTarget(spec: ImageSpec, behind: readonly OpenImage[]): OpenBdev {
+    const backing = behind.length === 0 ? null : this.openChain(behind).bdev.name;
+    // Only looked at: the disk opens the file itself.
+    const image = openImage(spec, { mode: 'read', discardSession: true });
+    try {
+      image.file.close();
+      const { format, header, key } = image;
+      return this.#open(this.#create({ spec, format, header, key }, { readOnly: false, backing }), 'img');
+    } finally {
+      image.key?.masterKey.fill(0);
+    }
   }
 
-  /** Goes on until it is done. */
+  /** Stands filters before a disk that was opened to read. Throws BdevError. */
+  filter({ bdev }: OpenBdev, { bytesPerSecond, onLoss }: SourceFilters): OpenBdev {
+    let { name } = bdev;
+    if (onLoss !== null) {
+      const config: SalvageConfig = { name: `salvage${this.#count++}`, module: 'salvage', base: name, onLoss };
+      name = this.registry.create(config).name;
+    }
+    if (bytesPerSecond !== null) {
+      const none = { readIops: 0, writeIops: 0, totalIops: 0, writeBytesPerSecond: 0, totalBytesPerSecond: 0 };
+      const limits = { ...none, readBytesPerSecond: bytesPerSecond, burstSeconds: 0, group: null };
+      const config: QosConfig = { ...limits, name: `rate${this.#count++}`, module: 'qos', base: name };
+      name = this.registry.create(config).name;
+    }
+    return this.#open(name, null);
+  }
+
+  /** Opens a disk of the daemon's config, with all that is below it. Throws BdevError. */
+  openConfigured(bdevs: readonly AnyBdevConfig[], name: string, isTarget: boolean): OpenBdev {
+    const config = bdevs.find((candidate) => candidate.name === name);
+    if (config === undefined) {
+      const known = bdevs.map((candidate) => candidate.name).join(', ');
+      throw new BdevError('no-such-bdev', 'filename', `the config has no bdev ${name}`, `there are: ${known}`);
+    }
+    this.#createConfigured(bdevs, config, isTarget);
+    const disk = this.#open(name, isTarget ? 'img' : null);
+    const { guard } = disk.bdev;
+    const reason = guard?.acquire() ?? null;
+    if (reason !== null) throw new BdevError('locked', 'filename', `bdev ${name}: ${reason}`, 'end its other user');
+    if (guard !== undefined) this.#guards.push(guard);
+    return disk;
+  }
+
+  #createConfigured(bdevs: readonly AnyBdevConfig[], config: AnyBdevConfig, isTarget: boolean): void {
+    if (this.registry.get(config.name) !== undefined) return;
+    for (const base of basesOf(config)) {
+      const below = bdevs.find(({ name }) => name === base.name)!;
+      this.#createConfigured(bdevs, below, isTarget && !base.isRead);
+    }
+    const isImage = config.module === 'uring' || config.module === 'qcow2';
+    this.registry.create(isImage && !isTarget ? { ...config, readOnly: true } : config);
+  }
+
+  /** Goes on until it is done, asleep where there is nothing to do. */
   run(isDone: () => boolean): void {
     while (!isDone()) {
-      if (!this.reactor.step() && this.#ring.inflight > 0) this.#ring.wait(WAIT_US);
+      if (!this.reactor.step() && !isDone()) this.reactor.rest();
     }
   }
 
   /** Ends all disks, on which nothing is in flight: images are complete then. Throws BdevError. */
-  close(): void {
+  closeDisks(): void {
     for (const disk of this.#opened.splice(0)) disk.close();
+    for (const guard of this.#guards.splice(0)) guard.release();
     this.registry.destroyAll();
+  }
+
+  close(): void {
+    this.closeDisks();
     this.#ring.close();
   }
 
@@ -80,22 +142,29 @@ export class DiskHost {
     return disk;
   }
 
-  #create(path: string, format: Format, options: DiskOptions): string {
-    const file = this.#createFile(path, options);
-    if (format === 'raw') return file;
-    const header = headerOf(path);
+  #create({ spec, format, header, key }: ImageFacts, options: DiskOptions): string {
+    const { path } = spec;
+    const file = this.#createFile(path, spec, options);
+    if (format === 'raw' || header === null) return file;
+    if (header.cryptMethod !== CryptMethod.none && key === null) {
+      const secret = '--object secret,id=KEY,file=PATH';
+      const opts = `--image-opts driver=qcow2,encrypt.key-secret=KEY,file.filename=${path}`;
+      throw new BdevError('no-key', 'encrypt.key-secret', `${path} is encrypted`, `give its key: ${secret} ${opts}`);
+    }
+    const dataFile = spec.dataFile ?? header.dataFile;
     const qcow2: Qcow2Config = {
       name: `image${this.#count++}`,
       module: 'qcow2',
-      base: file,
+      base: spec.snapshot === undefined ? file : this.#createView(file, header),
       // What the image names is opened only as part of a chain that is: otherwise nothing is behind it.
       backing: options.backing ?? (header.backingFile === null ? null : this.#createBlank()),
       dataFile:
-        hasExternalData(header) && header.dataFile !== null
-          ? this.#createFile(resolveName(path, header.dataFile), options)
+        hasExternalData(header) && dataFile !== null
+          ? this.#createFile(resolveName(path, dataFile), spec, options)
           : null,
       imageDir: null,
       keyFile: null,
+      unlocked: key === null ? null : { spec: key.spec, masterKey: Buffer.from(key.masterKey) },
       readOnly: options.readOnly,
       l2CacheBytes: L2_CACHE_BYTES,
       clusterCacheBytes: CLUSTER_CACHE_BYTES,
@@ -106,21 +175,28 @@ export class DiskHost {
     return qcow2.name;
   }
 
-  #createFile(path: string, { readOnly, lock }: DiskOptions): string {
+  #createFile(path: string, spec: ImageSpec, { readOnly }: DiskOptions): string {
     const uring: UringConfig = {
       name: `file${this.#count++}`,
       module: 'uring',
       path,
       readOnly,
-      lock,
+      lock: !(readOnly && spec.forceShare === true),
       create: null,
       blockSizeBytes: null,
-      direct: false,
+      direct: spec.direct === true,
       iopoll: false,
       fixedBuffers: false,
     };
     this.registry.create(uring);
     return uring.name;
+  }
+
+  /** The file as if the header said where the snapshot's mapping is. */
+  #createView(base: string, header: Qcow2Header): string {
+    const view: HeaderViewConfig = { name: `view${this.#count++}`, module: 'header-view', base, header };
+    this.registry.create(view);
+    return view.name;
   }
 
   /** A disk that ends where it begins, almost: behind its end there are zeroes. */
@@ -136,21 +212,19 @@ export class DiskHost {
   }
 }
 
-interface DiskOptions {
-  readonly readOnly: boolean;
-  readonly lock: boolean;
-  /** Name of the disk behind an image, or null. */
-  readonly backing: string | null;
+export interface SourceFilters {
+  /** Reads are kept to this rate; null: to none. */
+  readonly bytesPerSecond: number | null;
+  /** What cannot be read is zeroes, and this is called; null: it is an error. */
+  readonly onLoss: SalvageConfig['onLoss'] | null;
 }
 
-/** The header of an image, of which another part of the tool holds the lock. Throws BdevError. */
-function headerOf(path: string): Qcow2Header {
-  const file = new NodeFile(path, { mode: 'read', forceShare: true });
-  try {
-    return runTask(readHeader(file));
-  } finally {
-    file.close();
-  }
+type ImageFacts = Pick<OpenImage, 'spec' | 'format' | 'header' | 'key'>;
+
+interface DiskOptions {
+  readonly readOnly: boolean;
+  /** Name of the disk behind an image, or null. */
+  readonly backing: string | null;
 }
 
 /** What went wrong with a request of a tool, in words. */

@@ -17,14 +17,16 @@ import type { BackingContent } from '../../bdev/qcow2/edit/resize.js';
 import { applySnapshot, createSnapshot, deleteSnapshot } from '../../bdev/qcow2/edit/snapshots.js';
 import { DiskHost, DiskRequest } from './disk-host.js';
 import { parsePreallocation, roundUp } from './image-options.js';
+import { imageSpec } from './image-spec.js';
+import type { SpecOptions } from './image-spec.js';
 import { snapshotInfos, snapshotText } from './info.js';
 import { NodeFile, runTask } from './node-file.js';
 import { closeChain, openBacking } from './open-chain.js';
-import { openImage, readSnapshots, resolveName } from './open-image.js';
+import { closeImage, openImage, readSnapshots, resolveName } from './open-image.js';
 import type { OpenImage } from './open-image.js';
 import { parseImageSize, print, printJson, usage } from './words.js';
 
-export interface EditCommand {
+export interface EditCommand extends SpecOptions {
   readonly format?: string;
   readonly quiet?: boolean;
   readonly discardSession?: boolean;
@@ -36,7 +38,6 @@ export interface SnapshotCommand extends EditCommand {
   readonly create?: string;
   readonly delete?: string;
   readonly output: 'human' | 'json';
-  readonly forceShare?: boolean;
 }
 
 /** @param wallMs what time it is. Throws BdevError. */
@@ -60,13 +61,13 @@ export function snapshotCommand(path: string, command: SnapshotCommand, wallMs: 
 }
 
 function listSnapshots(path: string, command: SnapshotCommand): void {
-  const image = openImage(path, command.format ?? null, { mode: 'read', forceShare: command.forceShare === true });
+  const image = openImage(imageSpec(path, command.format ?? null, command), { mode: 'read' });
   try {
     const infos = snapshotInfos(image.header === null ? [] : runTask(readSnapshots(image.file, image.header)));
     if (command.output === 'json') printJson(infos);
     else if (infos.length > 0) print(snapshotText(infos));
   } finally {
-    image.file.close();
+    closeImage(image);
   }
 }
 
@@ -138,7 +139,7 @@ function withBackingContent(
   const chain = openBacking(image);
   const host = new DiskHost();
   try {
-    const disk = host.openChain(chain, false);
+    const disk = host.openChain(chain);
     const request = new DiskRequest(host, chain[0]!.file.path);
     const { sizeBytes } = chain[0]!;
     use({
@@ -217,7 +218,7 @@ export function bitmapCommand(
 }
 
 function mergeFromFile(file: NodeFile, name: string, source: string, path: string, format: string | null): void {
-  const other = openImage(path, format, { mode: 'read' });
+  const other = openImage({ path, format }, { mode: 'read' });
   try {
     if (other.header === null) throw usage('-b', `${path} is raw: it has no bitmaps`, 'name a qcow2 image');
     const bits = runTask(loadBitmap(file, name));
@@ -233,17 +234,22 @@ function withImage(path: string, command: EditCommand, change: (image: OpenImage
   try {
     change(image);
   } finally {
-    image.file.close();
+    closeImage(image);
   }
 }
 
 /** Opens an image to change it. Throws BdevError. */
 export function openForEdit(path: string, command: EditCommand, formats: readonly string[]): OpenImage {
-  const image = openImage(path, command.format ?? null, {
+  const image = openImage(imageSpec(path, command.format ?? null, { ...command, forceShare: false }), {
     mode: 'write',
     discardSession: command.discardSession === true,
   });
   if (formats.includes(image.format)) return image;
-  image.file.close();
-  throw new BdevError('usage', 'format', `${path} is a ${image.format} image, which has no such thing`, 'use qcow2');
+  closeImage(image);
+  throw new BdevError(
+    'usage',
+    'format',
+    `${image.file.path} is a ${image.format} image, which has no such thing`,
+    'use qcow2',
+  );
 }

@@ -1,11 +1,10 @@
 /** `encrypt.*` of create, with qemu-img's names: the LUKS header of a new image. The passphrase comes from a file, never from the command line. */
-import { readFileSync } from 'node:fs';
-import { BdevError } from '../../bdev/bdev.js';
 import { LUKS_DEFAULTS, createLuks } from '../../bdev/qcow2/luks.js';
 import { inlineKeyWork } from '../../bdev/qcow2/luks/key-work.js';
 import type { LuksHeader } from '../../bdev/qcow2/luks/luks-format.js';
 import { SystemClock } from '../../poller/clock.js';
 import { runTask } from './node-file.js';
+import { readSecret } from './secrets.js';
 import { usage } from './words.js';
 
 const PREFIX = 'encrypt.';
@@ -52,34 +51,6 @@ export function makeLuksHeader(options: ReadonlyMap<string, string>, secrets: re
     return bytes;
   } finally {
     passphrase.fill(0);
-  }
-}
-
-/** `secret,id=ID,file=PATH[,format=base64]`: the bytes of the file, all of them. Throws BdevError. */
-function readSecret(id: string, secrets: readonly string[]): Buffer {
-  for (const text of secrets) {
-    const [kind, ...rest] = text.split(',');
-    const fields = new Map(rest.map((part) => [part.slice(0, part.indexOf('=')), part.slice(part.indexOf('=') + 1)]));
-    if (kind !== 'secret' && kind !== 'qom-type=secret') {
-      throw usage('--object', `there are no objects of type '${kind}' here`, 'as secret,id=key,file=PATH');
-    }
-    if (fields.get('id') !== id) continue;
-    const path = fields.get('file');
-    if (path === undefined) {
-      throw usage('--object', `secret '${id}' names no file`, 'write file=PATH: others can read a command line');
-    }
-    const bytes = readPassphrase(path);
-    return fields.get('format') === 'base64' ? Buffer.from(bytes.toString('latin1'), 'base64') : bytes;
-  }
-  throw usage('encrypt.key-secret', `No secret with id '${id}'`, `add --object secret,id=${id},file=PATH`);
-}
-
-function readPassphrase(path: string): Buffer {
-  try {
-    return readFileSync(path);
-  } catch (error) {
-    const { code = 'failed' } = error as NodeJS.ErrnoException;
-    throw new BdevError('open-failed', '--object', `Could not read '${path}': ${code}`, 'check the path');
   }
 }
 

@@ -6,9 +6,11 @@ import { BdevError } from '../../bdev/bdev.js';
 import { SystemClock } from '../../poller/clock.js';
 import type { CheckCommand } from './check.js';
 import type { CompareCommand } from './compare.js';
-import type { ConvertCommand, DdCommand } from './convert.js';
+import type { ConvertCommand } from './convert.js';
 import type { CreateCommand } from './create.js';
+import type { DdCommand } from './dd.js';
 import type { BitmapAction, BitmapCommand, ResizeCommand, SnapshotCommand } from './edit.js';
+import { CACHE_MODES } from './image-spec.js';
 import type { InfoCommand } from './info.js';
 import type { MapCommand } from './map.js';
 import type { MeasureCommand } from './measure.js';
@@ -29,6 +31,23 @@ const quiet = () => new Option('-q, --quiet', 'print nothing but errors');
 const discardSession = () =>
   new Option('--discard-session', 'give up the last writes of a daemon that was killed while it served the image');
 const progress = () => new Option('-p, --progress', 'show how far it is');
+const object = () =>
+  new Option('--object <object>', 'secret,id=ID,file=PATH: a passphrase for encrypt.key-secret')
+    .argParser(collect)
+    .default([]);
+const imageOpts = () => new Option('--image-opts', 'the image is named by options: driver=qcow2,file.filename=PATH');
+const config = () => new Option('--config <file>', "the daemon's config: bdev:NAME is a disk of it");
+const sourceCache = () =>
+  new Option('-T, --source-cache <mode>', 'none and directsync read past the page cache')
+    .choices([...CACHE_MODES])
+    .default('writeback');
+const targetCache = (otherwise: string) =>
+  new Option('-t, --cache <mode>', 'all but unsafe: it is on the disk when the command ends')
+    .choices([...CACHE_MODES])
+    .default(otherwise);
+const rateLimit = () => new Option('-r, --rate-limit <rate>', 'bytes per second');
+const snapshot = () =>
+  new Option('-l, --snapshot <snapshot>', 'as it was then: an id or name, or snapshot.id=ID,snapshot.name=NAME');
 
 const program = new Command('strata img').description('Makes, checks and converts images, as qemu-img does.');
 
@@ -42,7 +61,7 @@ program
   .option('-b, --backing <file>', 'what shows through where the image holds nothing')
   .option('-F, --backing-format <format>', 'format of the backing file')
   .option('-u, --unsafe', 'do not open the backing file')
-  .option('--object <object>', 'secret,id=ID,file=PATH: a passphrase for encrypt.key-secret', collect, [])
+  .addOption(object())
   .addOption(options())
   .action((path: string | undefined, size: string | undefined, command: CreateCommand) =>
     run(async () => (await import('./create.js')).createCommand(path, size, command)),
@@ -57,6 +76,9 @@ program
   .option('--backing-chain', 'also of the backing files, beneath the folder of the image')
   .option('--backing-folder <folder>', 'beneath this folder instead')
   .addOption(forceShare())
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(config())
   .action((path: string, command: InfoCommand) =>
     run(async () => (await import('./info.js')).infoCommand(path, command)),
   );
@@ -72,6 +94,9 @@ program
   .addOption(discardSession())
   .addOption(progress())
   .addOption(forceShare())
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(sourceCache())
   .action((path: string, command: CheckCommand) =>
     run(async () => (await import('./check.js')).checkCommand(path, command)),
   );
@@ -86,6 +111,9 @@ program
   .addOption(options())
   .addOption(output('--output <format>'))
   .addOption(forceShare())
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(snapshot())
   .action((path: string | undefined, command: MeasureCommand) =>
     run(async () => (await import('./measure.js')).measureCommand(path, command)),
   );
@@ -99,6 +127,8 @@ program
   .option('-s, --start-offset <offset>', 'from here on')
   .option('-l, --max-length <length>', 'so far')
   .addOption(forceShare())
+  .addOption(object())
+  .addOption(imageOpts())
   .action((path: string, command: MapCommand) => run(async () => (await import('./map.js')).mapCommand(path, command)));
 
 program
@@ -112,6 +142,10 @@ program
   .addOption(progress())
   .addOption(quiet())
   .addOption(forceShare())
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(config())
+  .addOption(sourceCache())
   .action((first: string, second: string, command: CompareCommand) =>
     run(async () => (await import('./compare.js')).compareCommand(first, second, command), COMPARE_FAILED),
   );
@@ -128,15 +162,22 @@ program
   .option('-F, --backing-format <format>', 'format of the backing file')
   .option('-n, --no-create', 'the output is there')
   .option('--target-is-zero', 'the output, which is there, reads as zeroes')
-  .option('-S, --sparse <size>', 'leave out zeroes of this length; 0 writes all', '4k')
+  .option('-S, --sparse <size>', 'leave out zeroes of this length; 0 writes all (4k)')
   .option('-c, --compress', 'compress the output; -o compression_type=zstd is faster and smaller than zlib')
   .option('-m, --parallel <count>', 'requests at once', '8')
   .option('-W, --out-of-order', 'write what is ready first')
-  .addOption(
-    new Option('-t, --cache <mode>', 'all but unsafe: the output is on the disk when it is done')
-      .choices(['unsafe', 'writeback', 'writethrough', 'none', 'directsync'])
-      .default('unsafe'),
-  )
+  .option('-C, --copy-offload', 'taken, and without effect')
+  .addOption(rateLimit())
+  .addOption(snapshot())
+  .option('--salvage', 'what cannot be read is zeroes in the output')
+  .option('--bitmaps', 'copy the bitmaps, too')
+  .option('--skip-broken-bitmaps', 'leave out those that a program left in use')
+  .option('--target-image-opts', 'the output, which is there, is named by options')
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(config())
+  .addOption(targetCache('unsafe'))
+  .addOption(sourceCache())
   .addOption(progress())
   .addOption(quiet())
   .addOption(forceShare())
@@ -151,8 +192,11 @@ program
   .addOption(format())
   .addOption(new Option('-O, --target-format <format>', 'raw or qcow2').default('raw'))
   .addOption(forceShare())
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(config())
   .action((operands: string[], command: DdCommand) =>
-    run(async () => (await import('./convert.js')).ddCommand(operands, command)),
+    run(async () => (await import('./dd.js')).ddCommand(operands, command)),
   );
 
 program
@@ -168,6 +212,8 @@ program
   .addOption(quiet())
   .addOption(forceShare())
   .addOption(discardSession())
+  .addOption(object())
+  .addOption(imageOpts())
   .action((path: string, command: SnapshotCommand) =>
     run(async () => (await import('./edit.js')).snapshotCommand(path, command, new SystemClock().wallMs())),
   );
@@ -182,6 +228,8 @@ program
   .option('--preallocation <mode>', 'of what is new: off, metadata, falloc, full')
   .addOption(quiet())
   .addOption(discardSession())
+  .addOption(object())
+  .addOption(imageOpts())
   // Otherwise -10G would be taken for options.
   .allowUnknownOption()
   .action((path: string, size: string, command: ResizeCommand) =>
@@ -205,6 +253,8 @@ const bitmap = program
   .option('-F, --source-format <format>', 'format of that image')
   .addOption(format())
   .addOption(discardSession())
+  .addOption(object())
+  .addOption(imageOpts())
   .action((path: string, name: string, command: BitmapCommand) =>
     run(async () => (await import('./edit.js')).bitmapCommand(path, name, bitmapActions, command)),
   );
@@ -224,6 +274,11 @@ program
   .addOption(progress())
   .addOption(quiet())
   .addOption(discardSession())
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(forceShare())
+  .addOption(targetCache('writeback'))
+  .addOption(sourceCache())
   .action((path: string, command: RebaseCommand) =>
     run(async () => (await import('./rebase.js')).rebaseCommand(path, command)),
   );
@@ -238,6 +293,10 @@ program
   .addOption(progress())
   .addOption(quiet())
   .addOption(discardSession())
+  .addOption(object())
+  .addOption(imageOpts())
+  .addOption(rateLimit())
+  .addOption(targetCache('writeback'))
   .action((path: string, command: CommitCommand) =>
     run(async () => (await import('./rebase.js')).commitCommand(path, command)),
   );

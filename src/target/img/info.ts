@@ -13,18 +13,21 @@ import { BitmapFlag } from '../../bdev/qcow2/tables.js';
 import type { Bitmap, Snapshot } from '../../bdev/qcow2/tables.js';
 import { readLuksHeader } from '../../bdev/qcow2/luks.js';
 import { luksInfo } from './encryption.js';
+import { configuredName, readBdevs } from './disk-source.js';
+import type { SourceOptions } from './disk-source.js';
+import { imageSpec } from './image-spec.js';
+import type { ImageSpec } from './image-spec.js';
 import { runTask } from './node-file.js';
 import type { NodeFile } from './node-file.js';
-import { openImage, readBitmaps, readSnapshots, resolveName } from './open-image.js';
+import { closeImage, openImage, readBitmaps, readSnapshots, resolveName } from './open-image.js';
 import type { OpenImage } from './open-image.js';
 import { humanSize, print, printJson, usage } from './words.js';
 
-export interface InfoCommand {
+export interface InfoCommand extends SourceOptions {
   readonly format?: string;
   readonly output: 'human' | 'json';
   readonly backingChain?: boolean;
   readonly backingFolder?: string;
-  readonly forceShare?: boolean;
 }
 
 /** As QEMU bounds nothing: no chain that anybody made is this long, and one that leads back into itself is. */
@@ -40,23 +43,49 @@ export interface ImageInfo {
   readonly [field: string]: unknown;
 }
 
-/** Throws BdevError. */
-export function infoCommand(path: string, command: InfoCommand): void {
+/** Rejects with BdevError. */
+export async function infoCommand(name: string, command: InfoCommand): Promise<void> {
+  const bdev = configuredName(name, command);
+  if (bdev !== null) {
+    await bdevInfo(bdev, command);
+    return;
+  }
   const infos: ImageInfo[] = [];
   const seen = new Set<string>();
-  const folder = realpathSync(command.backingFolder ?? dirname(path));
-  let format = command.format ?? null;
-  for (let next: string | null = path; next !== null;) {
-    if (infos.length > 0) checkAllowed(next, folder, seen);
-    const { info, backing } = readInfo(next, format, command.forceShare === true);
+  const { forceShare = false } = command;
+  const first = imageSpec(name, command.format ?? null, command);
+  const folder = realpathSync(command.backingFolder ?? dirname(first.path));
+  for (let next: ImageSpec | null = first; next !== null;) {
+    // What was said on the command line is allowed; what an image says may not be.
+    if (infos.length > 0) checkAllowed(next.path, folder, seen);
+    const { info, backing } = readInfo(next);
     infos.push(info);
-    seen.add(realpathSync(next));
-    if (command.backingChain !== true || backing === null) break;
-    next = resolveName(next, backing.name);
-    format = backing.format;
+    seen.add(realpathSync(next.path));
+    if (command.backingChain !== true || next.backing === null) break;
+    if (next.backing !== undefined) next = next.backing;
+    else if (backing === null) break;
+    else next = { path: resolveName(next.path, backing.name), format: backing.format, forceShare };
   }
   if (command.output === 'json') printJson(command.backingChain === true ? infos : infos[0]);
   else print(infos.map(asText).join('\n'));
+}
+
+/** A disk of the daemon's config: what its module says of it. */
+async function bdevInfo(name: string, command: InfoCommand): Promise<void> {
+  const { DiskHost } = await import('./disk-host.js');
+  const host = new DiskHost();
+  try {
+    const { bdev } = host.openConfigured(await readBdevs(command.config!), name, false);
+    const sizeBytes = bdev.blockCount * bdev.blockSizeBytes;
+    const info = { name, module: bdev.moduleName, 'virtual-size': sizeBytes, 'block-size': bdev.blockSizeBytes };
+    if (command.output === 'json') printJson({ ...info, specific: bdev.describe() });
+    else {
+      print(`bdev: ${name}\nmodule: ${bdev.moduleName}\nvirtual size: ${humanSize(sizeBytes)} (${sizeBytes} bytes)\n`);
+      print(`block size: ${bdev.blockSizeBytes}\n${dump(bdev.describe(), 0).join('\n')}\n`);
+    }
+  } finally {
+    host.close();
+  }
 }
 
 /** Throws BdevError for a backing file that may not be opened. */
@@ -76,12 +105,9 @@ function checkAllowed(path: string, folder: string, seen: ReadonlySet<string>): 
   }
 }
 
-function readInfo(
-  path: string,
-  format: string | null,
-  forceShare: boolean,
-): { info: ImageInfo; backing: { name: string; format: string | null } | null } {
-  const image = openImage(path, format, { mode: 'read', forceShare });
+function readInfo(spec: ImageSpec): { info: ImageInfo; backing: { name: string; format: string | null } | null } {
+  const { path } = spec;
+  const image = openImage(spec, { mode: 'read' });
   try {
     const { header } = image;
     const shared = {
@@ -97,7 +123,7 @@ function readInfo(
     const info = { ...shared, ...qcow2Info(image, header, path) };
     return { info, backing: backingFile === null ? null : { name: backingFile, format: backingFormat } };
   } finally {
-    image.file.close();
+    closeImage(image);
   }
 }
 
@@ -239,7 +265,7 @@ function dump(value: unknown, depth: number): string[] {
     ? value.map((item, i) => [`[${i}]`, item as unknown])
     : Object.entries(value as object).map(([key, item]) => [key.replaceAll('-', ' '), item as unknown]);
   return entries.flatMap(([key, item]) =>
-    typeof item === 'object'
+    typeof item === 'object' && item !== null
       ? [`${indent}${key}:`, ...dump(item, depth + 1)]
       : [`${indent}${key}: ${String(item as string | number | boolean)}`],
   );

@@ -1,17 +1,18 @@
 /** `strata img map`: what of a disk is where, through all images of its chain. */
-import { hasExternalData } from '../../bdev/qcow2/format.js';
+import { CryptMethod, hasExternalData } from '../../bdev/qcow2/format.js';
 import { mapDisk } from './disk-map.js';
 import type { DiskExtent } from './disk-map.js';
+import { imageSpec } from './image-spec.js';
+import type { SpecOptions } from './image-spec.js';
 import { closeChain, openChain } from './open-chain.js';
 import type { OpenImage } from './open-image.js';
 import { parseImageSize, print, usage } from './words.js';
 
-export interface MapCommand {
+export interface MapCommand extends SpecOptions {
   readonly format?: string;
   readonly output: 'human' | 'json';
   readonly startOffset?: string;
   readonly maxLength?: string;
-  readonly forceShare?: boolean;
 }
 
 /** One line of the map, with the names of qemu-img's JSON. */
@@ -27,7 +28,7 @@ export interface MapEntry {
 
 /** Throws BdevError. */
 export function mapCommand(path: string, command: MapCommand): void {
-  const chain = openChain(path, command.format ?? null, command.forceShare === true);
+  const chain = openChain(imageSpec(path, command.format ?? null, command));
   try {
     const start = parseImageSize(command.startOffset ?? '0', 'start-offset');
     const range =
@@ -62,7 +63,8 @@ export function* entriesOf(
 function entryOf(chain: readonly OpenImage[], { start, lengthBytes, kind, depth, hostOffset }: DiskExtent): MapEntry {
   const zero = kind === 'zero' || kind === 'unallocated';
   const { header } = chain[depth]!;
-  const isElsewhere = header !== null && hasExternalData(header) && header.dataFile === null;
+  const isEncrypted = header !== null && header.cryptMethod !== CryptMethod.none;
+  const isElsewhere = isEncrypted || (header !== null && hasExternalData(header) && header.dataFile === null);
   const offset = hostOffset === null || isElsewhere ? {} : { offset: hostOffset };
   return { start, length: lengthBytes, depth, present: kind !== 'unallocated', zero, data: !zero, ...offset };
 }

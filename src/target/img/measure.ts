@@ -4,6 +4,8 @@ import type { CreateOptions } from '../../bdev/qcow2/create.js';
 import { Incompatible, l1EntriesFor } from '../../bdev/qcow2/format.js';
 import { bitmapTableEntries } from '../../bdev/qcow2/tables.js';
 import { optionHelp, parseFormat, parseImageOptions, roundUp } from './image-options.js';
+import { imageSpec, parseSnapshot } from './image-spec.js';
+import type { ImageSpec, SpecOptions } from './image-spec.js';
 import { closeChain, openChain } from './open-chain.js';
 import { mapDisk } from './disk-map.js';
 import { runTask } from './node-file.js';
@@ -11,13 +13,14 @@ import { readBitmaps } from './open-image.js';
 import type { OpenImage } from './open-image.js';
 import { parseImageSize, print, printJson, usage } from './words.js';
 
-export interface MeasureCommand {
+export interface MeasureCommand extends SpecOptions {
   readonly size?: string;
   readonly format?: string;
   readonly targetFormat: string;
   readonly options: readonly string[];
   readonly output: 'human' | 'json';
-  readonly forceShare?: boolean;
+  /** `-l`. */
+  readonly snapshot?: string;
 }
 
 interface Measure {
@@ -37,7 +40,7 @@ export function measureCommand(path: string | undefined, command: MeasureCommand
     throw usage('filename', 'either an image or --size is needed', 'name one of the two');
   }
   const options = parseImageOptions(format, command.options);
-  const chain = path === undefined ? null : openChain(path, command.format ?? null, command.forceShare === true);
+  const chain = path === undefined ? null : openChain(sourceSpec(path, command));
   try {
     const sizeBytes = chain === null ? roundUp(parseImageSize(command.size!)) : chain[0]!.sizeBytes;
     const settings: CreateOptions = { ...CREATE_DEFAULTS, ...options, sizeBytes };
@@ -48,6 +51,11 @@ export function measureCommand(path: string | undefined, command: MeasureCommand
   } finally {
     if (chain !== null) closeChain(chain);
   }
+}
+
+function sourceSpec(path: string, command: MeasureCommand): ImageSpec {
+  const spec = imageSpec(path, command.format ?? null, command);
+  return command.snapshot === undefined ? spec : { ...spec, snapshot: parseSnapshot(command.snapshot) };
 }
 
 function measureQcow2(options: CreateOptions, chain: readonly OpenImage[] | null): Measure {

@@ -5,25 +5,25 @@
  * in the backing file, durably, before the image is emptied.
  */
 import { realpathSync, statSync } from 'node:fs';
-import { native } from '../../../native/index.js';
-import { IoType } from '../../bdev/bdev-io.js';
 import { createImage } from '../../bdev/qcow2/create.js';
 import type { CreateOptions } from '../../bdev/qcow2/create.js';
 import { changeBackingFile } from '../../bdev/qcow2/edit/header.js';
 import { Compatible, CryptMethod, hasExtendedL2, hasExternalData } from '../../bdev/qcow2/format.js';
 import type { Qcow2Header } from '../../bdev/qcow2/format.js';
 import { allRanges, copyDisk } from './copy-disk.js';
-import { DiskHost, DiskRequest } from './disk-host.js';
+import { DiskHost } from './disk-host.js';
 import { mapDisk, wholeSectors } from './disk-map.js';
 import { openForEdit, resizeCommand } from './edit.js';
 import type { EditCommand } from './edit.js';
+import { imageSpec } from './image-spec.js';
+import type { ImageSpec } from './image-spec.js';
 import { NodeFile, runTask } from './node-file.js';
-import { closeChain, openBacking, openChain } from './open-chain.js';
-import { openImage, resolveName } from './open-image.js';
+import { closeChain, openBehind, openChain } from './open-chain.js';
+import { closeImage, openImage, resolveName } from './open-image.js';
 import type { OpenImage } from './open-image.js';
-import { ProgressLine, parseChoice, print, usage } from './words.js';
-
-const PIECE_BYTES = 2 ** 20;
+import { copyDifferences } from './rebase-copy.js';
+import type { Below } from './rebase-copy.js';
+import { ProgressLine, parseChoice, parseImageSize, print, usage } from './words.js';
 
 export interface RebaseCommand extends EditCommand {
   readonly backing: string;
@@ -45,69 +45,55 @@ export function rebaseCommand(path: string, command: RebaseCommand): void {
   try {
     runTask(changeBackingFile(image.file, name, format));
   } finally {
-    image.file.close();
+    closeImage(image);
   }
 }
 
 /** Copies to the image what it shows of its backing file and the new one has otherwise. */
 function takeOver(path: string, name: string | null, format: string | null, command: RebaseCommand): void {
   // Only looked at: the disk opens the image itself, to write.
-  const image = openForEdit(path, command, ['qcow2']);
-  image.file.close();
-  const top = openImage(path, 'qcow2', { mode: 'read', discardSession: true });
-  const before = top.header!.backingFile === null ? [] : openBacking(top);
-  let after: OpenImage[] = [];
+  closeImage(openForEdit(path, command, ['qcow2']));
+  const spec: ImageSpec = { ...imageSpec(path, command.format ?? null, command), format: 'qcow2' };
+  const top = openImage(spec, { mode: 'read', discardSession: true });
+  const chains: OpenImage[][] = [];
   const progress = new ProgressLine(command.progress === true && command.quiet !== true);
   const host = new DiskHost();
   try {
-    after = name === null ? [] : openChain(resolveName(path, name), format, false);
-    const own = realpathSync(path);
+    const before = openBehind(top);
+    chains.push(before);
+    const after = name === null ? [] : openChain({ path: resolveName(spec.path, name), format });
+    chains.push(after);
+    const own = realpathSync(spec.path);
     if (after.some(({ file }) => realpathSync(file.path) === own)) {
-      throw usage('backing_file', `${path} is behind '${name ?? ''}' itself`, 'choose another base');
+      throw usage('backing_file', `${spec.path} is behind '${name ?? ''}' itself`, 'choose another base');
     }
     const parts = [...wholeSectors(mapDisk([top]))].filter(({ kind }) => kind === 'unallocated');
-    top.file.close();
-    // Over the new one: a zero that only the old one shows has to be written.
-    const target = host.openTarget(path, 'qcow2', after);
-    const old = before.length === 0 ? null : { disk: host.openChain(before, false), sizeBytes: before[0]!.sizeBytes };
-    const next = after.length === 0 ? null : { disk: host.openChain(after, false), sizeBytes: after[0]!.sizeBytes };
-    const [held, shown] = [new DiskRequest(host, path), new DiskRequest(host, path)];
-    for (const { start, lengthBytes } of parts) {
-      for (let at = start; at < start + lengthBytes; at += PIECE_BYTES) {
-        const length = Math.min(PIECE_BYTES, start + lengthBytes - at);
-        const zeroes = [fill(held, old, at, length), fill(shown, next, at, length)];
-        progress.update(at / top.sizeBytes);
-        if (zeroes[0] === true && zeroes[1] === true) continue;
-        if (held.bytes(length).equals(shown.bytes(length))) continue;
-        const isZero = native.isZero(host.reactor.arena.baseAddress + held.address, length);
-        held.run(target, isZero ? IoType.writeZeroes : IoType.write, at, length);
-      }
-    }
-    held.run(target, IoType.flush, 0, 0);
-    held.release();
-    shown.release();
+    closeImage(top);
+    copyDifferences(host, {
+      // Over the new one: a zero that only the old one shows has to be written.
+      target: host.openTarget(spec, after),
+      path: spec.path,
+      before: below(host, before),
+      after: below(host, after),
+      parts,
+      clusterBytes: 2 ** top.header!.clusterBits,
+      onProgress: (at) => progress.update(at / top.sizeBytes),
+    });
     progress.end();
   } finally {
     host.close();
-    closeChain([...before, ...after]);
+    closeChain(chains.flat());
   }
 }
 
-/** Reads a piece of a disk, which reads as zeroes behind its end. @returns whether there was nothing to read */
-function fill(
-  request: DiskRequest,
-  from: { readonly disk: Parameters<DiskRequest['run']>[0]; readonly sizeBytes: number } | null,
-  at: number,
-  lengthBytes: number,
-): boolean {
-  const there = from === null ? 0 : Math.max(0, Math.min(lengthBytes, from.sizeBytes - at));
-  if (there > 0) request.run(from!.disk, IoType.read, at, there);
-  request.bytes(lengthBytes).fill(0, there);
-  return there === 0;
+function below(host: DiskHost, chain: readonly OpenImage[]): Below | null {
+  return chain.length === 0 ? null : { disk: host.openChain(chain), sizeBytes: chain[0]!.sizeBytes };
 }
 
 export interface CommitCommand extends EditCommand {
   readonly base?: string;
+  /** `-r`: bytes per second. */
+  readonly rateLimit?: string;
   /** `-d`: the image keeps what it has. */
   readonly keep?: boolean;
   readonly progress?: boolean;
@@ -117,9 +103,10 @@ export interface CommitCommand extends EditCommand {
 export function commitCommand(path: string, command: CommitCommand): void {
   const image = openForEdit(path, command, ['qcow2']);
   const { header } = image;
-  image.file.close();
-  const chain = openChain(path, 'qcow2', false);
-  const depth = baseOf(chain, path, command.base);
+  closeImage(image);
+  const { spec } = image;
+  const chain = openChain({ ...spec, format: 'qcow2' });
+  const depth = baseOf(chain, spec.path, command.base);
   const isEmptied = command.base === undefined && command.keep !== true;
   try {
     if (isEmptied) assertEmptiable(header!);
@@ -139,8 +126,9 @@ export function commitCommand(path: string, command: CommitCommand): void {
     copyUp(above, base, behind, command);
   } finally {
     closeChain([...above, ...behind]);
+    base.key?.masterKey.fill(0);
   }
-  if (isEmptied) emptyImage(path, header!);
+  if (isEmptied) emptyImage(spec.path, header!);
   if (command.quiet !== true) print('Image committed.\n');
 }
 
@@ -167,10 +155,11 @@ function copyUp(
 ): void {
   const progress = new ProgressLine(command.progress === true && command.quiet !== true);
   const sizeBytes = above[0]!.sizeBytes;
+  const bytesPerSecond = command.rateLimit === undefined ? null : parseImageSize(command.rateLimit, '-r');
   const host = new DiskHost();
   try {
-    const source = host.openChain(above, false);
-    const target = host.openTarget(base.file.path, base.format, behind);
+    const source = host.filter(host.openChain(above), { bytesPerSecond, onLoss: null });
+    const target = host.openTarget({ ...base.spec, format: base.format }, behind);
     const parts = [...wholeSectors(mapDisk(above))].map(({ start, lengthBytes, kind }) => ({
       start,
       lengthBytes,

@@ -18,21 +18,26 @@ export function usage(field: string, message: string, hint: string): BdevError {
   return new BdevError('usage', field, message, hint);
 }
 
-/**
- * `a=1,b=2`, where `,,` stands for a comma in a value; a name alone is switched on.
- * @param known the names that there are. Throws BdevError.
- */
+/** `a=1,b=2`, where `,,` stands for a comma in a value; a name alone is switched on. */
+export function keyValues(text: string): Map<string, string> {
+  const values = new Map<string, string>();
+  for (const part of text.replaceAll(',,', '\0').split(',')) {
+    if (part === '') continue;
+    const at = part.indexOf('=');
+    values.set(at < 0 ? part : part.slice(0, at), at < 0 ? 'on' : part.slice(at + 1).replaceAll('\0', ','));
+  }
+  return values;
+}
+
+/** As `keyValues`, of all texts. @param known the names that there are. Throws BdevError. */
 export function parseOptions(texts: readonly string[], known: readonly string[]): Map<string, string> {
   const options = new Map<string, string>();
   for (const text of texts) {
-    for (const part of text.replaceAll(',,', '\0').split(',')) {
-      if (part === '') continue;
-      const at = part.indexOf('=');
-      const name = at < 0 ? part : part.slice(0, at);
+    for (const [name, value] of keyValues(text)) {
       if (!known.includes(name)) {
         throw usage(`-o ${name}`, `Invalid parameter '${name}'`, `use one of: ${known.join(', ')}`);
       }
-      options.set(name, at < 0 ? 'on' : part.slice(at + 1).replaceAll('\0', ','));
+      options.set(name, value);
     }
   }
   return options;

@@ -50,11 +50,7 @@ export function* unlockImage(
     );
   }
   if (keyFile === null) {
-    throw keyError(
-      'no-key',
-      'the image is encrypted',
-      'name the file with its passphrase in `key_file`; `strata img` does not open such images',
-    );
+    throw keyError('no-key', 'the image is encrypted', 'name the file with its passphrase in `key_file`');
   }
   const passphrase = readPassphrase(keyFile);
   try {
