@@ -305,7 +305,7 @@ function expectSameBytes(qemu: QemuImg, options: ImageCase): void {
 function expectSameMap(qemu: QemuImg, isOfBoth: boolean): void {
   const [ours, theirs] = ['ours', 'theirs'].map((name) => {
     const expected = JSON.parse(qemu.run('map', '-f', 'qcow2', '--output', 'json', name)) as MapEntry[];
-    const chain = openChain(qemu.path(name), 'qcow2', false);
+    const chain = openChain({ path: qemu.path(name), format: 'qcow2' });
     const found = [...entriesOf(chain, { start: 0 })];
     closeChain(chain);
     expect(found, `the map of ${name}`).toEqual(asFarAsMapped(expected));
