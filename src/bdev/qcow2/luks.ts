@@ -185,7 +185,7 @@ export function* addPassphrase(
  * Removes the key slot that a passphrase opened.
  * @param unlocked by that passphrase. Throws BdevError: `last-passphrase`.
  */
-export function* removePassphrase(file: ImageFile, place: LuksPlace, unlocked: UnlockedLuks): Task<void> {
+export function* removePassphrase(file: ImageFile, place: LuksPlace, unlocked: Pick<UnlockedLuks, 'slot'>): Task<void> {
   const header = yield* readLuksHeader(file, place);
   const { slot } = unlocked;
   const { isActive, materialSector } = header.slots[slot]!;

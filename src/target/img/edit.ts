@@ -105,7 +105,8 @@ function resizeRaw(file: NodeFile, sizeBytes: number, preallocation: ReturnType<
   runTask(file.sync());
 }
 
-function resizeQcow2(
+/** Throws BdevError. */
+export function resizeQcow2(
   image: OpenImage,
   header: Qcow2Header,
   sizeBytes: number,

@@ -102,7 +102,7 @@ function powerOfTwo(name: string, value: number): number {
   return bits;
 }
 
-function parseRefcountBits(text: string): number {
+export function parseRefcountBits(text: string): number {
   const bits = Number(text);
   if (![1, 2, 4, 8, 16, 32, 64].includes(bits)) {
     throw usage('refcount_bits', `refcount_bits is ${text}`, 'choose a power of two up to 64');
@@ -110,7 +110,7 @@ function parseRefcountBits(text: string): number {
   return Math.log2(bits);
 }
 
-function parseCompat(text: string): 2 | 3 {
+export function parseCompat(text: string): 2 | 3 {
   const version = COMPATS.get(text);
   if (version === undefined) throw usage('compat', `Invalid parameter 'compat': '${text}'`, 'use 0.10 or 1.1');
   return version;

@@ -4,6 +4,7 @@
 import { Command, Option } from 'commander';
 import { BdevError } from '../../bdev/bdev.js';
 import { SystemClock } from '../../poller/clock.js';
+import type { AmendCommand } from './amend.js';
 import type { CheckCommand } from './check.js';
 import type { CompareCommand } from './compare.js';
 import type { ConvertCommand } from './convert.js';
@@ -299,6 +300,23 @@ program
   .addOption(targetCache('writeback'))
   .action((path: string, command: CommitCommand) =>
     run(async () => (await import('./rebase.js')).commitCommand(path, command)),
+  );
+
+program
+  .command('amend')
+  .description('change what an image was made with')
+  .argument('[filename]')
+  .addOption(options())
+  .addOption(format())
+  .addOption(targetCache('writeback'))
+  .option('--force', 'taken, and without effect: the last passphrase is never erased')
+  .addOption(progress())
+  .addOption(quiet())
+  .addOption(discardSession())
+  .addOption(object())
+  .addOption(imageOpts())
+  .action((path: string | undefined, command: AmendCommand) =>
+    run(async () => (await import('./amend.js')).amendCommand(path, command)),
   );
 
 await program.parseAsync([process.argv[0]!, process.argv[1]!, ...process.argv.slice(3)]);

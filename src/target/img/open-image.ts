@@ -11,8 +11,8 @@ import { SNAPSHOT_TABLE_BYTES_MAX, decodeBitmaps, decodeSnapshots } from '../../
 import type { Bitmap, Snapshot } from '../../bdev/qcow2/tables.js';
 import type { Task } from '../../bdev/qcow2/task.js';
 import { unlockLuks } from '../../bdev/qcow2/luks.js';
+import type { UnlockedLuks } from '../../bdev/qcow2/luks.js';
 import { inlineKeyWork } from '../../bdev/qcow2/luks/key-work.js';
-import type { DiskKey } from '../../bdev/qcow2/luks/unlock.js';
 import { parseFormat } from './image-options.js';
 import type { Format } from './image-options.js';
 import type { ImageSpec, SnapshotChoice } from './image-spec.js';
@@ -34,7 +34,7 @@ export interface OpenImage {
   /** Of the disk. */
   readonly sizeBytes: number;
   /** Of an encrypted image whose passphrase was given; wiped by `closeImage`. */
-  readonly key: DiskKey | null;
+  readonly key: UnlockedLuks | null;
 }
 
 /** Opens an image. The caller closes it by `closeImage`. Throws BdevError. */
@@ -66,7 +66,7 @@ function sharesFile(spec: ImageSpec, { forceShare = false }: NodeFileOptions): b
 }
 
 /** Throws BdevError when the passphrase is none of the image's. */
-function unlock(file: NodeFile, header: Qcow2Header | null, { path, passphrase }: ImageSpec): DiskKey | null {
+function unlock(file: NodeFile, header: Qcow2Header | null, { path, passphrase }: ImageSpec): UnlockedLuks | null {
   if (passphrase === undefined) return null;
   const place = header?.luksHeader ?? null;
   if (place === null) {

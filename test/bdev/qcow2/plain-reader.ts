@@ -78,6 +78,7 @@ export function plainState(image: Buffer, backing?: Buffer): string {
       )
     : [];
   return JSON.stringify({
+    format: [header.version, header.refcountOrder],
     size: header.sizeBytes,
     backing: [header.backingFile, header.backingFormat],
     features: [header.incompatible, header.compatible, header.autoclear].map(String),
