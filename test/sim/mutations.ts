@@ -416,4 +416,41 @@ export const MUTATIONS: readonly Mutation[] = [
     file: `${QCOW2}/qcow2.ts`,
     edits: [['this.#replayed = yield* replay(engine, left);', 'this.#replayed = 0;']],
   },
+  {
+    name: 'qcow2: what is around the data in a cluster is not copied',
+    short: true,
+    file: CHANGE,
+    edits: [['this.#copiesHead = this.#head > 0 && ', 'this.#copiesHead = false && ']],
+  },
+  {
+    name: 'qcow2: references are given up before the mapping that dropped them is durable',
+    file: `${QCOW2}/engine.ts`,
+    edits: [
+      [
+        'this.#droppedAtBegin = this.dropped.close();',
+        'this.#droppedAtBegin = this.dropped.close();\n    this.onRound(true);',
+      ],
+    ],
+  },
+  {
+    name: 'qcow2: requests go on while metadata is edited',
+    file: `${QCOW2}/engine.ts`,
+    edits: [['this.#isFrozen = true;', 'this.#isFrozen = false;']],
+  },
+  {
+    name: 'qcow2: what changed is not written before metadata is edited',
+    file: `${QCOW2}/qcow2.ts`,
+    edits: [['      yield* engine.settleAll(() => this.#flush());\n      try {', '      try {']],
+  },
+  {
+    name: 'qcow2: counters are used as they were before an edit',
+    file: `${QCOW2}/qcow2.ts`,
+    edits: [['engine.allocator!.reset(yield* loadRefcountTable(image));', 'yield* loadRefcountTable(image);']],
+  },
+  {
+    name: 'qcow2: mappings are used as they were before an edit',
+    short: true,
+    file: `${QCOW2}/qcow2.ts`,
+    edits: [['image.l2.clear();\n', '']],
+  },
 ];

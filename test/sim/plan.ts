@@ -48,6 +48,8 @@ export type Action = {
   /** @property afterEvents submissions, completions and, if watched, stores, signals and messages until then; 0: at once, wherever the daemon is */
   | { readonly kind: 'end'; readonly end: End; readonly afterEvents: number }
   | { readonly kind: 'control'; readonly control: Control; readonly queue: number }
+  /** An operator's, of the image: see Bdev.operate. */
+  | { readonly kind: 'edit'; readonly operation: string; readonly params: Readonly<Record<string, string>> }
 );
 
 export interface Setup {
@@ -133,7 +135,28 @@ export function makePlan(seed: number): Plan {
       actions.push({ ...common, ...makeRequest(random, setup, hotSectors) });
     }
   }
-  return { seed, setup, actions };
+  const isEdited = setup.image !== null && !setup.mayFail && randomFor(seed, 'edits').below(2) === 0;
+  return { seed, setup, actions: isEdited ? withEdits(actions, randomFor(seed, 'edit')) : actions };
+}
+
+/** Snapshots and bitmaps at any moment, on a disk without faults: an edit that fails by one would leave the image unwritable. */
+function withEdits(planned: readonly Action[], random: SeededRandom): Action[] {
+  const actions = planned.filter(({ kind }) => kind !== 'fault');
+  const snapshots = ['before'];
+  for (let count = 1 + random.below(5); count > 0; count--) {
+    const bitmap = { bitmap: `bitmap ${random.below(2)}` };
+    const snapshot = { snapshot: snapshots[random.below(snapshots.length)]! };
+    const edit = choose(random, [
+      { operation: 'createSnapshot', params: { snapshot: `snapshot ${count}` } },
+      { operation: 'createSnapshot', params: { snapshot: `snapshot ${count}` } },
+      { operation: 'deleteSnapshot', params: snapshot },
+      { operation: random.below(2) === 0 ? 'addBitmap' : 'removeBitmap', params: bitmap },
+    ]);
+    snapshots.push(`snapshot ${count}`);
+    const common = { pauseUs: random.next() * 100, seed: 0 };
+    actions.splice(random.below(actions.length + 1), 0, { ...common, kind: 'edit', ...edit });
+  }
+  return actions;
 }
 
 function makeRequest(random: SeededRandom, setup: Setup, hotSectors: number): RequestAction {

@@ -72,6 +72,13 @@ export class SimDaemon {
     this.controller.listen({ fd: this.listenFd });
   }
 
+  /** Begins an operation on the image there is in the stack, between two steps. It may be refused. */
+  edit(operation: string, params: Readonly<Record<string, unknown>>, onDone: () => void): void {
+    const bdevs = this.registry.names().map((name) => this.registry.get(name)!);
+    const image = bdevs.find((bdev) => bdev.operate !== undefined);
+    this.reactor.defer(() => void image?.operate!(operation, params).then(onDone, () => undefined));
+  }
+
   /** After the orderly end. Throws Violation. */
   checkNothingLeft(): void {
     if (this.ring.inflight > 0) throw new Violation(`${this.ring.inflight} disk requests are left`);

@@ -489,6 +489,9 @@ class Simulation {
         else this.#dying ??= action.end;
         if (this.#dying === 'stop') this.#daemon?.reactor.endSlice();
         return true;
+      case 'edit':
+        this.#daemon?.edit(action.operation, action.params, () => this.tally.edits++);
+        return true;
       case 'control':
         if (this.#script !== null) return false;
         this.tally.controls++;

@@ -8,6 +8,8 @@ export interface Tally {
   powerCuts: number;
   stops: number;
   controls: number;
+  /** Of an image, that were done. */
+  edits: number;
   events: number;
 }
 
@@ -21,6 +23,7 @@ export function emptyTally(): Tally {
     powerCuts: 0,
     stops: 0,
     controls: 0,
+    edits: 0,
     events: 0,
   };
 }

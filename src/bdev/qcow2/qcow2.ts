@@ -237,6 +237,7 @@ class Qcow2Bdev implements Bdev {
   destroy(): void {
     const engine = this.#engine;
     this.#operations.stop();
+    while (this.#isEdited) this.#reactor.step();
     if (engine.committer !== null && engine.allocator !== null) {
       try {
         this.#complete(engine.settleAll(() => this.#flush()));

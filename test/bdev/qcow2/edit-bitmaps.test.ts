@@ -90,6 +90,14 @@ describe.each(['cluster_size=512', 'cluster_size=4096', 'cluster_size=65536', 'c
       expect([info(path)['format-specific'].data.bitmaps, check(path)]).toEqual([undefined, '']);
     });
 
+    it('are read where all of their bits are set, which takes no cluster', () => {
+      const path = folder.write('image', newImage(folder, options, SIZE, random, 3));
+      qemuImg('bitmap', '--add', path, 'all');
+      qemuIo(path, `write 0 ${SIZE}`);
+      edit('image', (file) => mergeBitmaps(file, 'all', ['all']));
+      expect([ranges('image', 'all'), qemuRanges('image', 'all'), check(path)]).toEqual([[[0, SIZE]], [[0, SIZE]], '']);
+    });
+
     it('hold any bits, and QEMU finds the same', () => {
       const path = folder.write('image', newImage(folder, options, SIZE + 512, random, 3));
       qemuImg('bitmap', '--add', '-g', '512', path, 'made by qemu');

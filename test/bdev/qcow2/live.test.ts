@@ -147,6 +147,18 @@ describe('Snapshots of a disk in use', () => {
     expect(qemu.check('image').status).toBe(0);
   });
 
+  it('are complete, or not there, when the disk is closed meanwhile', () => {
+    for (const steps of [0, 1, 2, 5, 10, 20]) {
+      open('cluster_size=64k');
+      write(50);
+      void disk.open.bdev.operate!('createSnapshot', { snapshot: 'last' });
+      for (let i = 0; i < steps; i++) disk.rig.step();
+      disk.close();
+      expectSnapshot('last', model);
+      expectImage();
+    }
+  });
+
   it('that are not there are refused by name', async () => {
     open('cluster_size=64k');
     await expect(operate('deleteSnapshot', 'none')).rejects.toThrow(BdevError);

@@ -151,7 +151,7 @@ export function* loadBits(file: ImageFile, header: Qcow2Header, bitmap: Bitmap):
     if (offset > 0) {
       yield* file.read(offset, cluster);
       cluster.copy(bits.bytes, start);
-    } else if ((table[i * 8 + 7]! & 1) !== 0) bits.bytes.fill(0xff, start, start + clusterBytes);
+    } else if ((table[i * 8 + 7]! & 1) !== 0) bits.bytes.subarray(start, start + clusterBytes).fill(0xff);
   }
   bits.trim();
   return bits;
