@@ -31,6 +31,8 @@ import type { Task } from './task.js';
 const SECTOR_BYTES = 512;
 const STAGE_BYTES_MIN = 2 ** 20;
 const COUNTERS_FIRST = 2 ** 16;
+/** Before the tables of what is saved. */
+const SAVED_NUMBERS = 5;
 /** Upper words of entries. */
 const COPIED = 0x80000000;
 const COMPRESSED = 0x40000000;
@@ -79,6 +81,50 @@ export class ImageWriter {
     this.#counts[0] = 1;
     // Names that do not fit are found before there is any data.
     newHeader(options, { tableStart: 1, tableClusters: 1, luksStart: 0, l1Start: 1, l1Entries: 1 });
+  }
+
+  /** All that is known of an image that is not complete, so that another writer goes on with it. */
+  save(): Buffer {
+    const numbers = Buffer.alloc(SAVED_NUMBERS * 8);
+    const tables = [...this.#tables];
+    [this.#settled, this.#end, this.#stageCluster, this.#stageFill, tables.length].forEach((value, i) => {
+      numbers.writeDoubleLE(value, i * 8);
+    });
+    const indices = Buffer.alloc(tables.length * 8);
+    tables.forEach(([index], i) => indices.writeDoubleLE(index, i * 8));
+    const counts = Buffer.from(this.#counts.buffer, 0, this.#end * 2);
+    const stage = this.#stage.subarray(0, this.#stageFill);
+    return Buffer.concat([numbers, this.#l1, counts, stage, indices, ...tables.map(([, table]) => table)]);
+  }
+
+  /**
+   * Goes on with an image that another writer began with the same options; the file is cut off there by the caller.
+   * @param saved what `save` said, and what was synced then
+   * @returns how long the file is to be
+   */
+  restore(saved: Buffer): number {
+    const [settled, end, stageCluster, stageFill, tables] = Array.from({ length: SAVED_NUMBERS }, (_, i) =>
+      saved.readDoubleLE(i * 8),
+    ) as [number, number, number, number, number];
+    let at = SAVED_NUMBERS * 8;
+    const next = (lengthBytes: number): Buffer => {
+      assert(at + lengthBytes <= saved.length, 'a state that was saved whole');
+      at += lengthBytes;
+      return saved.subarray(at - lengthBytes, at);
+    };
+    next(this.#l1.length).copy(this.#l1);
+    this.#settled = settled;
+    this.#end = end;
+    this.#counts = new Uint16Array(Math.max(COUNTERS_FIRST, end));
+    next(end * 2).copy(Buffer.from(this.#counts.buffer));
+    this.#stageCluster = stageCluster;
+    this.#stageFill = stageFill;
+    next(stageFill).copy(this.#stage);
+    const indices = next(tables * 8);
+    for (let i = 0; i < tables; i++) {
+      this.#tables.set(indices.readDoubleLE(i * 8), Buffer.from(next(this.clusterBytes)));
+    }
+    return end * this.clusterBytes;
   }
 
   /** Stores clusters as they are. @param bytes whole clusters, padded behind the end of the disk. Throws BdevError. */

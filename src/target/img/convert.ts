@@ -2,6 +2,7 @@
 import { availableParallelism } from 'node:os';
 import { withImpliedOptions } from '../../bdev/qcow2/create.js';
 import type { CreateOptions } from '../../bdev/qcow2/create.js';
+import { SystemClock } from '../../poller/clock.js';
 import { copyBitmaps, refuseBitmaps } from './copy-bitmaps.js';
 import { dataRanges } from './copy-disk.js';
 import type { CopyRange, DiskPart } from './copy-disk.js';
@@ -21,6 +22,7 @@ import { newImage } from './new-image.js';
 import type { NewImage } from './new-image.js';
 import { optionHelp, parseFormat, parseImageOptions } from './image-options.js';
 import type { Format } from './image-options.js';
+import { ResumePoint, identityOf } from './resume.js';
 import { readSecret } from './secrets.js';
 import { ProgressLine, parseImageSize, print, usage } from './words.js';
 
@@ -49,6 +51,7 @@ export interface ConvertCommand extends SourceOptions {
   readonly salvage?: boolean;
   readonly bitmaps?: boolean;
   readonly skipBrokenBitmaps?: boolean;
+  readonly resume?: boolean;
   /** `-t`: `unsafe`, or another word of qemu-img's for "on the disk when it is done". */
   readonly cache: string;
   /** `-T`. */
@@ -59,6 +62,9 @@ export interface ConvertCommand extends SourceOptions {
 
 const PARALLEL_MAX = 64;
 const SPARSE_BYTES = 4096;
+/** With --resume it is written down how far it is after so much of the disk, or so long. */
+const STRETCH_BYTES = 2 ** 30;
+const STRETCH_US = 1_000_000;
 
 /** What the command line says, in numbers. */
 interface Plan {
@@ -151,6 +157,7 @@ async function convert(host: DiskHost, source: DiskSource, targetName: string, p
   const bdev = await configuredTarget(host, targetName, command);
   if (bdev !== null) {
     if (command.compress === true) throw usage('-c', 'a bdev is not compressed to', 'leave -c out');
+    if (command.resume === true) throw noResume();
     copyAll(host, source, bdev, plan, command.targetIsZero === true);
     return;
   }
@@ -164,6 +171,7 @@ async function convert(host: DiskHost, source: DiskSource, targetName: string, p
   if (command.compress === true) refuseCompression(format, options, command);
   if (canFill(target.path, options, command, sparseBytes)) await fillNewImage(host, source, target.path, options, plan);
   else {
+    if (command.resume === true) throw noResume();
     if (command.create) makeImage(target.path, format, options);
     // A device is not emptied, and a target with a backing file shows that.
     const isZero = command.create ? !isDevice(target.path) : command.targetIsZero === true;
@@ -173,6 +181,11 @@ async function convert(host: DiskHost, source: DiskSource, targetName: string, p
     host.closeDisks();
     copyBitmaps(source, target, command.skipBrokenBitmaps === true);
   }
+}
+
+function noResume(): Error {
+  const hint = 'leave --resume out; or -n, -S 0, encryption, data_file and preallocation';
+  return usage('--resume', '--resume needs a new file that is written front to back', hint);
 }
 
 function targetSpec(name: string, { command, format }: Plan): ImageSpec {
@@ -230,11 +243,14 @@ async function fillNewImage(
   const { sizeBytes } = source;
   const hasBacking = options.backingFile !== null;
   const compression = command.compress === true ? options.compressionType : null;
-  const signals = new Interruption();
+  const resume =
+    command.resume === true ? resumePoint(source, targetPath, options, { format, sparseBytes, command }) : null;
+  const signals = new Interruption(resume === null ? 'start it again' : 'start it again, with --resume');
   let image: NewImage | null = null;
   try {
     const disk = host.filter(source.open(), filters);
-    image = newImage(targetPath, format, options);
+    const begun = newImage(targetPath, format, options, resume);
+    image = begun;
     const most = compression === null ? sparseBytes : 0;
     const unitBytes = Math.max(1, Math.ceil(most / image.unitBytes)) * image.unitBytes;
     const parts = partsOf(source, { start: 0, lengthBytes: sizeBytes }, hasBacking);
@@ -244,22 +260,62 @@ async function fillNewImage(
         source: disk,
         sourcePath: source.path,
         image,
-        ranges:
+        ranges: rangesFrom(
           sparseBytes === 0 ? wholeDisk(sizeBytes) : dataRanges(neededParts(parts, hasBacking), unitBytes, sizeBytes),
+          resume?.offset ?? 0,
+        ),
         unitBytes,
         isSparse: sparseBytes > 0 && image.keepsZeroes,
         compression,
         threads: availableParallelism(),
         parallel,
         inOrder: command.outOfOrder !== true,
+        onSettled: checkpoints(begun, resume),
         onProgress: (at) => progress.update(at / sizeBytes),
       },
       (interrupt) => signals.onSignal(interrupt),
     );
-    image.finish(command.cache !== 'unsafe');
+    image.finish(command.cache !== 'unsafe' || resume !== null);
+    resume?.remove();
   } finally {
     image?.close();
     signals.end();
+  }
+}
+
+/** Throws BdevError. */
+function resumePoint(
+  source: DiskSource,
+  path: string,
+  options: CreateOptions,
+  { format, sparseBytes, command }: Pick<Plan, 'format' | 'sparseBytes' | 'command'>,
+): ResumePoint {
+  if (command.outOfOrder === true)
+    throw usage('--resume', '--resume needs an output that is written in order', 'leave -W out');
+  const compress = command.compress === true;
+  return new ResumePoint(path, identityOf(source, format, options, { '-c': compress, '-S': sparseBytes }));
+}
+
+/** What is called when all before an offset is written: now and then it is made durable, and written down. */
+function checkpoints(image: NewImage, resume: ResumePoint | null): (offset: number) => void {
+  if (resume === null) return () => undefined;
+  const clock = new SystemClock();
+  let lastOffset = resume.offset;
+  let lastUs = clock.nowUs();
+  return (offset) => {
+    if (offset - lastOffset < STRETCH_BYTES && clock.nowUs() - lastUs < STRETCH_US) return;
+    resume.save(offset, image.checkpoint());
+    lastOffset = offset;
+    lastUs = clock.nowUs();
+  };
+}
+
+/** What is left of ranges from an offset on. */
+function* rangesFrom(ranges: Iterable<CopyRange>, offset: number): Generator<CopyRange> {
+  for (const range of ranges) {
+    const end = range.start + range.lengthBytes;
+    const start = Math.max(range.start, offset);
+    if (end > start) yield { ...range, start, lengthBytes: end - start };
   }
 }
 

@@ -45,6 +45,8 @@ export interface FillOptions {
   readonly parallel: number;
   /** Whether pieces are written in the order of the disk. */
   readonly inOrder: boolean;
+  /** Called when all before an offset of the disk is written. Throws BdevError. */
+  readonly onSettled: (offset: number) => void;
   /** Called with the bytes of the source that are behind. */
   readonly onProgress: (bytes: number) => void;
 }
@@ -118,7 +120,7 @@ class ImageFill implements Poller {
 
   /** Writes what has its turn. */
   poll(): boolean {
-    const { image, inOrder } = this.options;
+    const { image, inOrder, onSettled } = this.options;
     let written = 0;
     for (let i = 0; i < this.#queue.length;) {
       const slot = this.#queue[i]!;
@@ -131,7 +133,13 @@ class ImageFill implements Poller {
       else i++;
     }
     if (written === 0) return false;
-    if (this.error === null && this.#queue.length > 0) this.#attempt(() => image.settle(this.#queue[0]!.piece.start));
+    if (this.error === null && this.#queue.length > 0) {
+      const { start } = this.#queue[0]!.piece;
+      this.#attempt(() => {
+        image.settle(start);
+        onSettled(start);
+      });
+    }
     this.start();
     return true;
   }

@@ -173,6 +173,7 @@ program
   .option('--salvage', 'what cannot be read is zeroes in the output')
   .option('--bitmaps', 'copy the bitmaps, too')
   .option('--skip-broken-bitmaps', 'leave out those that a program left in use')
+  .option('--resume', 'go on where an earlier one was cut off, and leave what is needed for that')
   .option('--target-image-opts', 'the output, which is there, is named by options')
   .addOption(object())
   .addOption(imageOpts())

@@ -8,10 +8,13 @@ export class Interruption {
     this.#heard ??= signal;
     this.#interrupt(this.#error());
   };
+  readonly #hint: string;
   #interrupt: (error: BdevError) => void = () => undefined;
   #heard: NodeJS.Signals | null = null;
 
-  constructor() {
+  /** @param hint what to do next */
+  constructor(hint: string) {
+    this.#hint = hint;
     for (const signal of SIGNALS) process.on(signal, this.#hear);
   }
 
@@ -28,6 +31,6 @@ export class Interruption {
   }
 
   #error(): BdevError {
-    return new BdevError('interrupted', 'filename', `ended by ${this.#heard}`, 'start it again');
+    return new BdevError('interrupted', 'filename', `ended by ${this.#heard}`, this.#hint);
   }
 }

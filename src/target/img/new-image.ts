@@ -4,6 +4,7 @@ import { checkCreateOptions } from '../../bdev/qcow2/create.js';
 import type { CreateOptions } from '../../bdev/qcow2/create.js';
 import { ImageWriter } from '../../bdev/qcow2/image-writer.js';
 import type { Format } from './image-options.js';
+import { forgetResumption } from './resume.js';
 import { NodeFile, runTask } from './node-file.js';
 
 /** Offsets are those of the disk. Throws BdevError. */
@@ -20,24 +21,44 @@ export interface NewImage {
   readonly keepsZeroes: boolean;
   /** Nothing more comes for what is before this offset. */
   settle(offset: number): void;
+  /** Makes all that was written durable. @returns what `newImage` needs to go on from there */
+  checkpoint(): Buffer;
   /** Completes it. @param isDurable whether it is on the disk afterwards */
   finish(isDurable: boolean): void;
-  /** Closes it. What is not complete is removed. */
+  /** Closes it. What is not complete is removed, unless it can go on. */
   close(): void;
 }
 
 const RAW_UNIT_BYTES = 4096;
 
-/** @param options without preallocation and external data file. Throws BdevError. */
-export function newImage(path: string, format: Format, options: CreateOptions): NewImage {
+/** An output that goes on where it was when it is cut off. */
+export interface Resumption {
+  /** All before it is in the output. */
+  readonly offset: number;
+  /** What `checkpoint` said then; null: it is to be begun. */
+  readonly state: Buffer | null;
+}
+
+/**
+ * @param options without preallocation and external data file
+ * @param resumption null for an output that is removed when it is not completed. Throws BdevError.
+ */
+export function newImage(
+  path: string,
+  format: Format,
+  options: CreateOptions,
+  resumption: Resumption | null = null,
+): NewImage {
   // Before what is there is emptied.
   if (format === 'qcow2') checkCreateOptions(options);
-  const file = new NodeFile(path, { mode: 'create' });
+  if (resumption === null) forgetResumption(path);
+  const isBegun = resumption !== null && resumption.state !== null;
+  const file = new NodeFile(path, { mode: isBegun ? 'write' : 'create' });
   try {
-    return format === 'raw' ? new NewRaw(file, options.sizeBytes) : new NewQcow2(file, options);
+    return format === 'raw' ? new NewRaw(file, options.sizeBytes, resumption) : new NewQcow2(file, options, resumption);
   } catch (error) {
     file.close();
-    rmSync(path);
+    if (resumption === null) rmSync(path);
     throw error;
   }
 }
@@ -47,12 +68,21 @@ class NewRaw implements NewImage {
   readonly keepsZeroes = true;
   readonly #file: NodeFile;
   readonly #sizeBytes: number;
+  readonly #isKept: boolean;
   #isComplete = false;
 
-  constructor(file: NodeFile, sizeBytes: number) {
+  constructor(file: NodeFile, sizeBytes: number, resumption: Resumption | null) {
     this.#file = file;
     this.#sizeBytes = sizeBytes;
+    this.#isKept = resumption !== null;
+    // Zeroes are left out: what was written behind that point has to go.
+    if (resumption !== null) file.truncate(Math.min(resumption.offset, sizeBytes));
     file.truncate(sizeBytes);
+  }
+
+  checkpoint(): Buffer {
+    runTask(this.#file.sync());
+    return Buffer.alloc(0);
   }
 
   write(offset: number, bytes: Uint8Array): void {
@@ -74,7 +104,7 @@ class NewRaw implements NewImage {
   }
 
   close(): void {
-    closeFile(this.#file, this.#isComplete);
+    closeFile(this.#file, this.#isComplete || this.#isKept);
   }
 }
 
@@ -85,14 +115,22 @@ class NewQcow2 implements NewImage {
   readonly #file: NodeFile;
   readonly #writer: ImageWriter;
   readonly #hasBacking: boolean;
+  readonly #isKept: boolean;
   #isComplete = false;
 
-  constructor(file: NodeFile, options: CreateOptions) {
+  constructor(file: NodeFile, options: CreateOptions, resumption: Resumption | null) {
     this.#file = file;
     this.#writer = new ImageWriter(file, options);
+    this.#isKept = resumption !== null;
+    if (resumption !== null && resumption.state !== null) file.truncate(this.#writer.restore(resumption.state));
     this.#hasBacking = options.backingFile !== null;
     this.keepsZeroes = !this.#hasBacking || options.version === 3;
     this.unitBytes = this.#writer.clusterBytes;
+  }
+
+  checkpoint(): Buffer {
+    runTask(this.#file.sync());
+    return this.#writer.save();
   }
 
   write(offset: number, bytes: Uint8Array): void {
@@ -118,12 +156,12 @@ class NewQcow2 implements NewImage {
   }
 
   close(): void {
-    closeFile(this.#file, this.#isComplete);
+    closeFile(this.#file, this.#isComplete || this.#isKept);
   }
 }
 
-/** Removes what is not complete while it is still locked. */
-function closeFile(file: NodeFile, isComplete: boolean): void {
-  if (!isComplete) rmSync(file.path, { force: true });
+/** Removes what is of no use while it is still locked. */
+function closeFile(file: NodeFile, isKept: boolean): void {
+  if (!isKept) rmSync(file.path, { force: true });
   file.close();
 }
