@@ -42,7 +42,7 @@ export const qcow2WithoutLog: Stack = ([path]): readonly BdevConfig[] => [
 ];
 
 /** No passphrase is tried here, so its header may be anything. */
-const LUKS_HEADER = Buffer.alloc(512, 'LUKS');
+export const LUKS_HEADER = Buffer.alloc(512, 'LUKS');
 const MASTER_KEY = Uint8Array.from({ length: 64 }, (_, i) => i);
 
 /** An empty image with encryption, in a file of `fileBytes`. */
@@ -70,12 +70,15 @@ export function newEncryptedImage(clusterBits: number, sectors: number, fileByte
   return image;
 }
 
+/** The key of images with LUKS_HEADER. It is for one bdev, which forgets it. */
+export function unlocked(): NonNullable<Qcow2Config['unlocked']> {
+  return { spec: cipherSpec('aes', 'xts-plain64', 64), masterKey: Buffer.from(MASTER_KEY) };
+}
+
 /** The same, with a key that is known. */
 export const encryptedStack: Stack = ([path], memoryDir): readonly BdevConfig[] => {
-  const options = { restartDir: memoryDir, codecThreads: 0 };
-  const masterKey = Buffer.from(MASTER_KEY);
-  const unlocked: NonNullable<Qcow2Config['unlocked']> = { spec: cipherSpec('aes', 'xts-plain64', 64), masterKey };
-  return [simDisk('file', path!), qcow2On({ ...options, unlocked })('volume', 'file')];
+  const options = { restartDir: memoryDir, codecThreads: 0, unlocked: unlocked() };
+  return [simDisk('file', path!), qcow2On(options)('volume', 'file')];
 };
 
 /** What a check finds in an image. */

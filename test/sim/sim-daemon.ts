@@ -6,6 +6,7 @@ import { BdevRegistry } from '../../src/bdev/registry.js';
 import type { UringConfig } from '../../src/bdev/uring/uring.js';
 import { BlkController } from '../../src/vhost-user/blk-controller.js';
 import { qcow2On } from '../bdev/stacks.js';
+import { unlocked } from '../harness/qcow2.js';
 import { limitedModule } from '../support/limited.js';
 import { Violation } from './oracle.js';
 import { randomFor } from './plan.js';
@@ -107,7 +108,9 @@ function stackConfigs(setup: Setup, { diskPath, memoryDir }: DaemonOptions): Bde
   const { image } = setup;
   const filters = [...setup.filters];
   if (image !== null) {
-    filters.splice(image.at, 0, qcow2On({ restartDir: image.isLogged ? memoryDir : null, codecThreads: 0 }));
+    const restartDir = image.isLogged ? memoryDir : null;
+    const key = image.isEncrypted ? { unlocked: unlocked() } : {};
+    filters.splice(image.at, 0, qcow2On({ restartDir, codecThreads: 0, ...key }));
   }
   filters.forEach((filter, i) => configs.push(filter(`filter${i}`, configs.at(-1)!.name)));
   return configs;

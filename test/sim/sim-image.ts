@@ -6,6 +6,7 @@ import { CREATE_DEFAULTS, createImage } from '../../src/bdev/qcow2/create.js';
 import type { CreateOptions } from '../../src/bdev/qcow2/create.js';
 import { createSnapshot } from '../../src/bdev/qcow2/edit/snapshots.js';
 import { completeTask } from '../../src/bdev/qcow2/task.js';
+import { LUKS_HEADER } from '../harness/qcow2.js';
 import { RecordingFile } from '../bdev/qcow2/recording-file.js';
 
 /** Of the seeds with a disk one in so many has an image on it. */
@@ -35,6 +36,7 @@ export interface SimImage {
   readonly contents: Contents;
   /** Filters below it. */
   readonly at: number;
+  readonly isEncrypted: boolean;
   /** Changes of the mapping are written down in memory that outlives the daemon, else they are durable before they are answered. */
   readonly isLogged: boolean;
 }
@@ -50,22 +52,31 @@ export function chooseImage(random: SeededRandom, blockSectors: number, filters:
   const firstError = filters.indexOf('error');
   const at = random.below((firstError < 0 ? filters.length : firstError) + 1);
   const isLogged = random.below(4) > 0;
-  const remarks = [name, contents === 'nothing' ? '' : contents, isLogged ? '' : 'no log'].filter(
-    (text) => text !== '',
-  );
-  return { name: `qcow2 (${remarks.join(', ')})`, format, contents, at, isLogged };
+  // Storage that nothing was written to would be read as anything.
+  const isEncrypted = contents === 'nothing' && format.version !== 2 && random.below(4) === 0;
+  const facts = [name, contents === 'nothing' ? '' : contents, isLogged ? '' : 'no log', isEncrypted ? 'LUKS' : ''];
+  const remarks = facts.filter((text) => text !== '').join(', ');
+  return { name: `qcow2 (${remarks})`, format, contents, at, isEncrypted, isLogged };
 }
 
 const made = new Map<string, Buffer>();
 
 /** The bytes of an image of a disk of so many sectors, which are not to be changed. */
-export function imageBytes({ format, contents }: SimImage, sectors: number): Buffer {
-  const key = JSON.stringify([format, contents, sectors]);
+export function imageBytes({ format, contents, isEncrypted }: SimImage, sectors: number): Buffer {
+  const key = JSON.stringify([format, contents, isEncrypted, sectors]);
   let bytes = made.get(key);
   if (bytes === undefined) {
     const file = new RecordingFile(Buffer.alloc(0));
     const preallocation = contents === 'nothing' ? 'off' : 'metadata';
-    run(createImage(file, { ...CREATE_DEFAULTS, ...format, sizeBytes: sectors * BLOCK_BYTES, preallocation }));
+    const encryption = isEncrypted ? { luksHeader: LUKS_HEADER } : {};
+    const options: CreateOptions = {
+      ...CREATE_DEFAULTS,
+      ...format,
+      ...encryption,
+      sizeBytes: sectors * BLOCK_BYTES,
+      preallocation,
+    };
+    run(createImage(file, options));
     // All clusters and tables have two users from here on.
     if (contents === 'snapshot') run(createSnapshot(file, { name: 'before', seconds: 1, nanoseconds: 1 }));
     bytes = Buffer.from(file.bytes);

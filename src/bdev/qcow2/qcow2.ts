@@ -111,6 +111,7 @@ class Qcow2Bdev implements Bdev {
   readonly #opened = new Opened();
   readonly #file: ChannelFile;
   #isEdited = false;
+  #isClosing = false;
   #isHeaderBusy = false;
   readonly #headerWaiters = new WaitList();
   /** Findings that were put right as it was opened. */
@@ -238,6 +239,7 @@ class Qcow2Bdev implements Bdev {
     const engine = this.#engine;
     this.#operations.stop();
     while (this.#isEdited) this.#reactor.step();
+    this.#isClosing = true;
     if (engine.committer !== null && engine.allocator !== null) {
       try {
         this.#complete(engine.settleAll(() => this.#flush()));
@@ -363,6 +365,7 @@ class Qcow2Bdev implements Bdev {
     if (engine.isReadOnly) {
       throw new BdevError('read-only', 'name', `${this.name} is not written to`, this.#damage ?? 'open it for writing');
     }
+    if (this.#isClosing) throw new BdevError('closing', 'name', `${this.name} is being closed`, 'start it again');
     if (this.#isEdited)
       throw new BdevError('busy', 'name', `${this.name} is being changed already`, 'try again when that is over');
     this.#isEdited = true;
