@@ -136,6 +136,8 @@ export interface BdevContext {
   create(config: BdevConfig): Bdev;
   /** Opens a bdev for writing, as a consumer does. Throws BdevError. */
   openTarget(name: string, writer: string): OpenBdev;
+  /** A long job that `operate` began is over. @param info what is said of it, plain JSON, with its `state` */
+  jobEnded(info: Readonly<Record<string, unknown>>): void;
 }
 
 /** Config of any bdev: what all modules share. The module's own keys lie beside these. */

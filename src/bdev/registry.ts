@@ -32,8 +32,15 @@ export class BdevRegistry {
   readonly #reactor: Reactor;
   readonly #modules = new Map<string, BdevModule>();
   readonly #entries = new Map<string, Entry>();
+  readonly #onJobEnd: (bdev: string, info: Readonly<Record<string, unknown>>) => void;
 
-  constructor(reactor: Reactor, modules: readonly BdevModule[]) {
+  /** @param onJobEnd told of each long job that is over */
+  constructor(
+    reactor: Reactor,
+    modules: readonly BdevModule[],
+    onJobEnd: (bdev: string, info: Readonly<Record<string, unknown>>) => void = () => undefined,
+  ) {
+    this.#onJobEnd = onJobEnd;
     this.#reactor = reactor;
     for (const module of modules) this.#modules.set(module.name, module);
   }
@@ -188,6 +195,7 @@ export class BdevRegistry {
       },
       open: (base) => new BdevChannel(base, this.#reactor, this.#entries.get(base.name)?.stats ?? new IoStats()),
       openTarget: (name, writer) => this.open(name, writer, 'target'),
+      jobEnded: (info) => this.#onJobEnd(owner, info),
       create: (config) => this.#moduleOf(config).create(config, this.#context(owner)),
     };
   }

@@ -11,11 +11,11 @@
 import { readFileSync, rmSync } from 'node:fs';
 import { check, native } from '../../native/index.js';
 import { IoStats } from '../bdev/io-stats.js';
+import { SystemClock } from '../poller/clock.js';
 import { FIRST_INHERITED_FD, ReactorProcess } from '../poller/process.js';
 import { RemoteError } from '../poller/remote-reactor.js';
 import type { RemoteReactor } from '../poller/remote-reactor.js';
 import { ReactorThread } from '../poller/thread.js';
-import type { BlkControllerInfo } from '../vhost-user/blk-controller.js';
 import { checkAccess, peerRules, socketGid } from './access.js';
 import type { ControllerConfig, DaemonConfig } from './config/config.js';
 import { basesOf } from './config/config.js';
@@ -27,9 +27,15 @@ import type { IsolationOptions } from './isolated-process.js';
 import type { Log } from './log.js';
 import { callReactor } from './reactor-calls.js';
 import { REACTOR_ENTRY } from './reactor-entry.js';
-import type { BdevInfo, ControllerSetup, Notices } from './reactor-calls.js';
+import { Mirrors } from './mirrors.js';
+import type { BdevInfo, ControllerInfo, ControllerSetup, Notices } from './reactor-calls.js';
 import { toSnakeCase } from './rpc/rpc-error.js';
 import { makeSocketPlace, socketPathRefusal } from './socket-path.js';
+import { Jobs } from './state/jobs.js';
+import type { JobRecord } from './state/jobs.js';
+import { applyPivots, forgetPivot, moved } from './state/pivots.js';
+import type { Pivot } from './state/pivots.js';
+import { StateFolder } from './state/state-folder.js';
 import { Supervisor } from './supervisor.js';
 
 export type DaemonState = 'starting' | 'serving' | 'draining' | 'stopped';
@@ -63,7 +69,8 @@ export interface RunningBdev {
 }
 
 export interface RunningController {
-  readonly config: ControllerConfig;
+  /** With the bdev that the disk is by now. */
+  config: ControllerConfig;
   readonly reactor: string;
   /** Counters in the order of CONTROLLER_STAT_NAMES: shared memory, or what an isolated one said last. */
   readonly stats: Float64Array;
@@ -73,7 +80,7 @@ export interface RunningController {
 /** What the reactors say of their controllers at one moment. */
 export interface LiveInfo {
   /** By controller name. */
-  readonly controllers: ReadonlyMap<string, BlkControllerInfo>;
+  readonly controllers: ReadonlyMap<string, ControllerInfo>;
   /** Names of the reactors that answered in time. */
   readonly answering: ReadonlySet<string>;
 }
@@ -83,7 +90,10 @@ const ISOLATED_ENTRY = new URL('./isolated-process.js', import.meta.url);
 const ANSWER_TIMEOUT_MS = 2000;
 
 export class Daemon {
-  readonly config: DaemonConfig;
+  /** As it is by now: controllers may be on other bdevs than they were told to be. */
+  config: DaemonConfig;
+  readonly jobs: Jobs;
+  readonly mirrors: Mirrors;
   readonly reactors: RunningReactor[] = [];
   readonly bdevs: RunningBdev[] = [];
   readonly controllers: RunningController[] = [];
@@ -96,12 +106,19 @@ export class Daemon {
   readonly #source: ConfigSource;
   readonly #log: Log;
   readonly #reactorEntry: URL;
+  readonly #clock = new SystemClock();
+  /** As it was given. */
+  readonly #given: DaemonConfig;
+  #state: StateFolder | null = null;
 
   /** @param reactorEntry the code of a reactor thread */
   constructor(config: DaemonConfig, source: ConfigSource, log: Log, reactorEntry: URL = REACTOR_ENTRY) {
     this.config = config;
+    this.#given = config;
     this.#source = source;
     this.#log = log;
+    this.jobs = new Jobs(log);
+    this.mirrors = new Mirrors(this, log);
     this.#reactorEntry = reactorEntry;
   }
 
@@ -130,15 +147,18 @@ export class Daemon {
   /** Throws ConfigError when anything cannot be had; then nothing runs any more. */
   async start(): Promise<void> {
     try {
+      const obsolete = this.#takeUpState();
       for (const plan of planReactors(this.config)) this.reactors.push(this.#startReactor(plan));
       await this.#createAll();
       await this.#listenAll();
       for (const { isolation } of this.reactors) isolation?.supervisor.serving();
       this.state = 'serving';
+      this.#forget(obsolete);
     } catch (error) {
       await this.#close();
       throw error;
     }
+    await this.#resumeJobs(this.reactors);
   }
 
   /**
@@ -147,6 +167,7 @@ export class Daemon {
    */
   async drain(): Promise<boolean> {
     this.state = 'draining';
+    await this.mirrors.settle();
     const drained = await this.#close();
     this.state = 'stopped';
     return drained;
@@ -161,7 +182,7 @@ export class Daemon {
 
   /** Asks every reactor for the state of its controllers. */
   async live(): Promise<LiveInfo> {
-    const controllers = new Map<string, BlkControllerInfo>();
+    const controllers = new Map<string, ControllerInfo>();
     const answering = new Set<string>();
     await Promise.all(
       this.reactors.map(async (reactor) => {
@@ -178,7 +199,7 @@ export class Daemon {
     return { controllers, answering };
   }
 
-  async #controllerInfos(reactor: RunningReactor): Promise<readonly BlkControllerInfo[]> {
+  async #controllerInfos(reactor: RunningReactor): Promise<readonly ControllerInfo[]> {
     if (reactor.isolation !== null) await this.#refresh(reactor);
     return callReactor(reactor.thread, 'controllers', null);
   }
@@ -201,9 +222,98 @@ export class Daemon {
   async operate(bdev: RunningBdev, operation: string, params: Readonly<Record<string, unknown>>): Promise<unknown> {
     const { thread } = this.reactors.find((reactor) => reactor.name === bdev.reactor)!;
     const result = await callReactor(thread, 'operate', { name: bdev.name, operation, params });
+    // Before its end can be told.
+    if (isRunningJob(result, operation)) this.jobs.began({ owner: 'bdev', name: bdev.name, operation, params });
     this.#takeSizes(await callReactor(thread, 'bdevs', null));
     this.#log.info({ bdev: bdev.name, operation, ...params }, 'operation done');
     return result;
+  }
+
+  /** The bdev that the config file names for a controller. */
+  namedBdevOf(controller: string): string {
+    return this.#given.controllers.find(({ name }) => name === controller)!.bdev;
+  }
+
+  /** The bdev that a controller's disk is by now. */
+  bdevOf(controller: string): string {
+    return this.config.controllers.find(({ name }) => name === controller)!.bdev;
+  }
+
+  /** The time, for people. */
+  nowText(): string {
+    return new Date(this.#clock.wallMs()).toISOString();
+  }
+
+  /** The folder of what has to outlive the daemon, null when there is none. */
+  get stateFolder(): StateFolder | null {
+    return this.#state;
+  }
+
+  /** The disk is another bdev from now on, also after its reactor was started again. */
+  moveController(controller: RunningController, to: string): void {
+    const before = controller.config;
+    const after = moved(before, to);
+    controller.config = after;
+    const replace = (list: readonly ControllerConfig[]): ControllerConfig[] =>
+      list.map((candidate) => (candidate === before ? after : candidate));
+    this.config = { ...this.config, controllers: replace(this.config.controllers) };
+    for (const { plan } of this.reactors) plan.controllers.splice(0, Infinity, ...replace(plan.controllers));
+  }
+
+  // ---- What outlives the daemon
+
+  /** Opens the state folder, and puts disks where pivots have moved them. Throws ConfigError. @returns what is to be forgotten */
+  #takeUpState(): readonly Pivot[] {
+    const { stateDir } = this.config;
+    if (stateDir === null) return [];
+    const problems = new Problems(this.#source);
+    try {
+      this.#state = StateFolder.open(stateDir);
+      const { config, applied, obsolete } = applyPivots(this.config, this.#state, problems);
+      problems.throwIfAny();
+      this.config = config;
+      for (const { controller, from, to } of applied) this.mirrors.warn(controller, from, to);
+      this.jobs.keepIn(this.#state);
+      return obsolete;
+    } catch (error) {
+      if (error instanceof ConfigError) throw error;
+      problems.add(['state_dir'], (error as Error).message, 'make it a folder of its own that this user may write to');
+      problems.throwIfAny();
+      return [];
+    }
+  }
+
+  /** The config names by itself what these say: they are of no more use. */
+  #forget(pivots: readonly Pivot[]): void {
+    for (const { controller } of pivots) {
+      try {
+        forgetPivot(this.#state!, controller);
+      } catch (error) {
+        this.#log.warn({ controller, error: (error as Error).message }, 'the record of a pivot cannot be removed');
+      }
+    }
+  }
+
+  /** Starts the jobs again that were under way on these reactors. */
+  async #resumeJobs(reactors: readonly RunningReactor[]): Promise<void> {
+    const isHere = (reactor: string | undefined): boolean =>
+      // What is nowhere any more is found out once.
+      reactor === undefined ? reactors === this.reactors : reactors.some(({ name }) => name === reactor);
+    const bdevOf = (name: string): RunningBdev | undefined => this.bdevs.find((bdev) => bdev.name === name);
+    await this.jobs.resume(
+      ({ owner, name }) =>
+        isHere(
+          owner === 'bdev'
+            ? bdevOf(name)?.reactor
+            : this.controllers.find(({ config }) => config.name === name)?.reactor,
+        ),
+      async ({ owner, name, operation, params }: JobRecord) => {
+        if (owner === 'controller') return this.mirrors.resume(name, params);
+        const bdev = bdevOf(name);
+        if (bdev === undefined) throw new Error(`there is no bdev ${name}`);
+        return this.operate(bdev, operation, params);
+      },
+    );
   }
 
   #takeSizes(infos: readonly BdevInfo[]): void {
@@ -311,6 +421,7 @@ export class Daemon {
       await thread.terminate();
       throw error;
     }
+    await this.#resumeJobs([reactor]);
   }
 
   /** Takes over what an isolated reactor counted; the others count in memory that is shared. */
@@ -450,6 +561,8 @@ export class Daemon {
       await thread.terminate();
       if (isolation !== null) closeSockets(plan, isolation);
     }
+    this.#state?.close();
+    this.#state = null;
     return outcomes?.every((closed) => closed) ?? false;
   }
 
@@ -463,8 +576,21 @@ export class Daemon {
       case 'closedByPeer':
         this.onClosedByPeer((data as Notices['closedByPeer']).controller);
         return;
+      case 'jobEnded': {
+        const end = data as Notices['jobEnded'];
+        // What the end of the daemon has ended goes on when it is back.
+        if (this.state !== 'draining' || end.info['state'] !== 'cancelled') this.jobs.ended(end);
+        return;
+      }
     }
   }
+}
+
+/** Whether an operation has begun a job, which goes on. */
+function isRunningJob(result: unknown, operation: string): boolean {
+  if (typeof result !== 'object' || result === null) return false;
+  const { type, state } = result as { readonly type?: unknown; readonly state?: unknown };
+  return type === operation && state === 'running';
 }
 
 /** Sockets that the daemon holds for a process: closed, and their files removed. */

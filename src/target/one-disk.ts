@@ -95,6 +95,7 @@ async function run(options: Options): Promise<void> {
         writeCache: options.writeCache,
         reactor: null,
         isolate: false,
+        targets: [],
         ...DEFAULT_ACCESS,
       },
     ],

@@ -1,10 +1,12 @@
 /** What the control plane asks of a reactor, and what a reactor reports unasked: names, parameters and results. */
 import type { BdevConfig } from '../bdev/bdev.js';
 import type { IO_TYPE_NAMES } from '../bdev/bdev-io.js';
+import type { MirrorInfo } from '../bdev/mirror/mirror.js';
 import type { RemoteReactor } from '../poller/remote-reactor.js';
 import type { BlkControllerInfo, BlkControllerOptions, ListenAddress } from '../vhost-user/blk-controller.js';
 import type { PeerRules } from '../vhost-user/peer-rules.js';
 import type { LogLevel } from './config/config.js';
+import type { JobEnd } from './state/jobs.js';
 
 /** A bdev as it is at the moment. */
 export interface BdevInfo {
@@ -47,6 +49,20 @@ export interface ListenParams {
   readonly peers: PeerRules | null;
 }
 
+/** A controller as it is at the moment. */
+export interface ControllerInfo extends BlkControllerInfo {
+  /** The last one. */
+  readonly mirror: MirrorInfo | null;
+}
+
+export interface MirrorParams {
+  readonly controller: string;
+  /** Name of a bdev. */
+  readonly target: string;
+  /** 0: no limit. */
+  readonly bytesPerSecond: number;
+}
+
 /** By name: the arrays of BdevFacts and ControllerFacts. */
 export interface Counters {
   readonly reactor: Float64Array;
@@ -60,7 +76,7 @@ interface Calls {
   /** Creates a controller that does not listen yet. */
   createController: { params: ControllerSetup; result: ControllerFacts };
   listen: { params: ListenParams; result: void };
-  controllers: { params: null; result: readonly BlkControllerInfo[] };
+  controllers: { params: null; result: readonly ControllerInfo[] };
   bdevs: { params: null; result: readonly BdevInfo[] };
   /** Changes the size of a bdev, to that of its storage when it is null. Answers all bdevs, as others change with it. */
   resizeBdev: {
@@ -72,6 +88,14 @@ interface Calls {
     params: { readonly name: string; readonly operation: string; readonly params: Readonly<Record<string, unknown>> };
     result: unknown;
   };
+  /** Starts to mirror the disk of a controller. */
+  mirror: { params: MirrorParams; result: MirrorInfo };
+  /** Ends a mirror. Answers when its target is written no more. */
+  cancelMirror: { params: { readonly controller: string }; result: MirrorInfo };
+  /** See Mirror: from its answer until one of the next two the controller's requests are held. */
+  preparePivot: { params: { readonly controller: string }; result: MirrorInfo };
+  commitPivot: { params: { readonly controller: string }; result: MirrorInfo };
+  abortPivot: { params: { readonly controller: string }; result: MirrorInfo };
   /** What the counters say now, for a control plane that shares no memory. */
   counters: { params: null; result: Counters };
   /** All that is wanted has been opened: an isolated reactor opens no file from here on. */
@@ -103,4 +127,6 @@ export interface Notices {
   };
   /** The front-end on a connected socket that was handed in has left. */
   closedByPeer: { readonly controller: string };
+  /** A long job is over. */
+  jobEnded: JobEnd;
 }

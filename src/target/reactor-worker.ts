@@ -11,6 +11,7 @@ import type { LogFunction } from '../vhost-user/log.js';
 import { LOG_LEVELS } from './config/config.js';
 import type { LogLevel } from './config/config.js';
 import { limitRate } from './rate-limit.js';
+import { ReactorMirrors } from './reactor-mirrors.js';
 import { forbidOpeningFiles } from './system.js';
 import { warmUpReactor } from './warm-up-disk.js';
 import type { BdevInfo, Notices, ReactorCallHandlers } from './reactor-calls.js';
@@ -18,8 +19,18 @@ import type { BdevInfo, Notices, ReactorCallHandlers } from './reactor-calls.js'
 serveReactor(warmUpReactor, (host) => makeHandlers(host) as unknown as ReactorHandlers);
 
 function makeHandlers(host: ReactorHost): ReactorCallHandlers {
-  const registry = new BdevRegistry(host.reactor, modules);
+  const registry = new BdevRegistry(host.reactor, modules, (name, info) =>
+    notify(host, 'jobEnded', { owner: 'bdev', name, info }),
+  );
   const controllers = new Map<string, BlkController>();
+  const mirrors = new ReactorMirrors(host.reactor, registry, (name, info) =>
+    notify(host, 'jobEnded', { owner: 'controller', name, info: { type: 'mirror', ...info } }),
+  );
+  const controllerOf = (name: string): BlkController => {
+    const controller = controllers.get(name);
+    if (controller !== undefined) return controller;
+    throw new BdevError('no-such-controller', 'name', `there is no ${name}`, 'create it');
+  };
   return {
     createBdev: async (config) => {
       const bdev = registry.create(await registry.prepare(config));
@@ -34,12 +45,10 @@ function makeHandlers(host: ReactorHost): ReactorCallHandlers {
       return { stats: host.share(controller.stats) };
     },
     listen: ({ name, address, peers }) => {
-      const controller = controllers.get(name);
-      if (controller === undefined)
-        throw new BdevError('no-such-controller', 'name', `there is no ${name}`, 'create it');
-      controller.listen(address, peers);
+      controllerOf(name).listen(address, peers);
     },
-    controllers: () => [...controllers.values()].map((controller) => controller.info()),
+    controllers: () =>
+      [...controllers.values()].map((controller) => ({ ...controller.info(), mirror: mirrors.info(controller.name) })),
     bdevs: () => infosOf(registry),
     resizeBdev: ({ name, sizeBytes }) => {
       const bdev = registry.get(name);
@@ -50,13 +59,37 @@ function makeHandlers(host: ReactorHost): ReactorCallHandlers {
     },
     operate: ({ name, operation, params }) => {
       const bdev = registry.get(name);
-      if (bdev?.operate !== undefined) return bdev.operate(operation, params);
+      if (bdev?.operate !== undefined) {
+        mirrors.checkOperation(bdev, operation);
+        return bdev.operate(operation, params);
+      }
       throw new BdevError(
         'no-such-operation',
         'name',
         `bdev ${name} knows no ${operation}`,
         'name a bdev of another module',
       );
+    },
+    mirror: (params) => mirrors.start(controllerOf(params.controller), params),
+    cancelMirror: async ({ controller }) => {
+      const mirror = mirrors.get(controller);
+      await mirror.cancel();
+      return mirror.info;
+    },
+    preparePivot: async ({ controller }) => {
+      const mirror = mirrors.get(controller);
+      await mirror.preparePivot();
+      return mirror.info;
+    },
+    commitPivot: ({ controller }) => {
+      const mirror = mirrors.get(controller);
+      mirror.commitPivot();
+      return mirror.info;
+    },
+    abortPivot: ({ controller }) => {
+      const mirror = mirrors.get(controller);
+      mirror.abortPivot();
+      return mirror.info;
     },
     counters: () => ({
       reactor: host.reactor.stats,
@@ -67,6 +100,7 @@ function makeHandlers(host: ReactorHost): ReactorCallHandlers {
       if (host.isIsolated) forbidOpeningFiles();
     },
     close: async () => {
+      await mirrors.stop();
       await Promise.all([...controllers.values()].map((controller) => controller.close()));
       registry.destroyAll();
     },

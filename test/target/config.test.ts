@@ -342,6 +342,7 @@ describe('a good config file', () => {
           writeCache: true,
           reactor: null,
           isolate: false,
+          targets: [],
           allow: null,
           socketGroup: null,
           handshakeTimeoutS: 60,
@@ -352,6 +353,7 @@ describe('a good config file', () => {
       log: { level: 'info', format: 'auto' },
       drainTimeoutS: 10,
       coreDumps: false,
+      stateDir: null,
     });
   });
 

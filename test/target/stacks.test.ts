@@ -36,6 +36,7 @@ const shows = (bdev: string, reactor: string | null = null): ControllerConfig =>
   writeCache: true,
   reactor,
   isolate: false,
+  targets: [],
   ...DEFAULT_ACCESS,
 });
 

@@ -36,6 +36,8 @@ export interface LiveImage {
   readonly edit: <T>(work: (file: ImageFile) => Task<T>) => Task<T>;
   /** Opens another bdev for writing. Throws BdevError. */
   readonly openTarget: (name: string) => OpenBdev;
+  /** See BdevContext. */
+  readonly jobEnded: (info: Record<string, unknown>) => void;
 }
 
 export class Operations {
@@ -190,11 +192,11 @@ export class Operations {
       throw new BdevError('read-only', 'name', `${bdev.name} is not written to`, 'open it for writing');
     const job = new Job(type, totalBytes, reactor, bytesPerSecond);
     this.#job = job;
-    startTask(
-      work(job),
-      () => job.end(null),
-      (error) => job.end(error),
-    );
+    const end = (error: unknown): void => {
+      job.end(error);
+      this.#live.jobEnded(job.describe());
+    };
+    startTask(work(job), () => end(null), end);
     return job.describe();
   }
 

@@ -168,6 +168,7 @@ class Qcow2Bdev implements Bdev {
         reactor,
         edit: (work) => this.#edit(work),
         openTarget: (name) => context.openTarget(name, config.name),
+        jobEnded: (info) => context.jobEnded(info),
       });
     } catch (error) {
       // Anything else than what is wrong with the image or its device is no reason to tidy up.

@@ -52,6 +52,8 @@ export interface ControllerConfig extends AccessConfig {
   readonly reactor: string | null;
   /** Its whole stack gets a process of its own, with a reactor that has the settings of the one named. */
   readonly isolate: boolean;
+  /** Names of bdevs that the disk may be copied or moved to: they live on its reactor. */
+  readonly targets: readonly string[];
 }
 
 export interface NetworkAddress {
@@ -91,6 +93,8 @@ export interface DaemonConfig {
   readonly drainTimeoutS: number;
   /** Whether the kernel may write the daemon's memory, which holds guests' data, into a core dump. */
   readonly coreDumps: boolean;
+  /** Folder, absolute, for what has to outlive the daemon; null: nothing does. */
+  readonly stateDir: string | null;
 }
 
 /** A bdev that another stands on. */

@@ -26,6 +26,7 @@ export const BASE_CONFIG = {
   log: { level: 'info', format: 'auto' },
   drainTimeoutS: DEFAULT_DRAIN_TIMEOUT_S,
   coreDumps: false,
+  stateDir: null,
 } as const satisfies Partial<DaemonConfig>;
 
 export const DEFAULT_ACCESS = {
@@ -63,6 +64,7 @@ export function defaultConfig(folder: string): LoadedConfig {
         writeCache: true,
         reactor: null,
         isolate: false,
+        targets: [],
         ...DEFAULT_ACCESS,
       },
     ],

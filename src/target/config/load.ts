@@ -56,6 +56,7 @@ function toDaemonConfig(file: FileConfig, folder: string): DaemonConfig {
     log: file.log,
     drainTimeoutS: file.drain_timeout_s,
     coreDumps: file.core_dumps,
+    stateDir: file.state_dir === null ? null : resolve(folder, file.state_dir),
   };
 }
 
@@ -70,6 +71,7 @@ function toControllerConfig(controller: FileConfig['controllers'][number], folde
     writeCache: controller.write_cache,
     reactor: controller.reactor ?? null,
     isolate: controller.isolate,
+    targets: controller.targets,
     allow: controller.allow,
     socketGroup: controller.socket_group,
     handshakeTimeoutS: controller.handshake_timeout_s,

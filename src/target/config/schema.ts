@@ -12,6 +12,7 @@ import type { Parsed } from './values.js';
 const REACTORS_MAX = 64;
 const BDEVS_MAX = 4096;
 const CONTROLLERS_MAX = 1024;
+const TARGETS_MAX = 64;
 const PEERS_MAX = 256;
 /** What the kernel takes for "no user" and "no group". */
 const ACCOUNT_NONE = 2 ** 32 - 1;
@@ -178,6 +179,7 @@ const controller = z.strictObject({
   write_cache: z.boolean().default(true),
   reactor: nameOf.optional(),
   isolate: z.boolean().default(false),
+  targets: z.array(nameOf).max(TARGETS_MAX).default([]),
 });
 
 export const configSchema = z.strictObject({
@@ -197,6 +199,7 @@ export const configSchema = z.strictObject({
     .prefault({}),
   drain_timeout_s: z.number().positive().max(3600).default(DEFAULT_DRAIN_TIMEOUT_S),
   core_dumps: z.boolean().default(false),
+  state_dir: path.nullable().default(null),
 });
 
 export type FileConfig = z.infer<typeof configSchema>;

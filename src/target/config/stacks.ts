@@ -3,7 +3,7 @@
  *
  * Invariants
  * - A stack (bdevs joined by `base`, with the controllers that show them) lives on one reactor as a whole. So does a qos
- *   group, whose members share one set of limits.
+ *   group, whose members share one set of limits, and so do the bdevs that a controller may be moved to.
  * - A stack that is isolated has its reactor to itself.
  * - Within a reactor bdevs come after their bases.
  */
@@ -38,6 +38,9 @@ export function checkReferences(config: DaemonConfig, problems: Problems): void 
   });
   config.controllers.forEach((controller, i) => {
     checkKnown(controller.bdev, bdevNames, ['controllers', i, 'bdev'], 'bdev', problems);
+    controller.targets.forEach((target, k) => {
+      checkKnown(target, bdevNames, ['controllers', i, 'targets', k], 'bdev', problems);
+    });
     checkKnown(controller.reactor ?? undefined, reactorNames, ['controllers', i, 'reactor'], 'reactor', problems);
   });
   checkCircles(config.bdevs, problems);
@@ -241,6 +244,7 @@ function stackGroups(config: DaemonConfig): Map<string, string> {
   const join = (a: string, b: string): void => {
     if (parent.has(a) && parent.has(b)) parent.set(root(a), root(b));
   };
+  for (const { bdev, targets } of config.controllers) for (const target of targets) join(bdev, target);
   const qosGroups = new Map<string, string>();
   for (const bdev of config.bdevs) {
     for (const { name } of basesOf(bdev)) join(bdev.name, name);

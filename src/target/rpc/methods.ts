@@ -6,7 +6,7 @@ import { z } from 'zod';
 import { parsed } from '../config/schema.js';
 import { suggest } from '../config/suggest.js';
 import { parseSize } from '../config/values.js';
-import type { Daemon } from '../daemon.js';
+import type { Daemon, RunningController } from '../daemon.js';
 import type { BdevInfo } from '../reactor-calls.js';
 import { RpcCode, RpcError } from './rpc-error.js';
 
@@ -135,7 +135,9 @@ export const METHODS: readonly RpcMethod[] = [
     name: 'bdev_qcow2_job_get',
     summary: 'how far the last job of a qcow2 disk is, null when there was none',
     params: z.strictObject({ name }),
-    call: (daemon, params) => daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'job', {}),
+    call: async (daemon, params) =>
+      (await daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'job', {})) ??
+      daemon.jobs.lost('bdev', params.name),
   }),
   method({
     name: 'bdev_qcow2_job_cancel',
@@ -148,6 +150,33 @@ export const METHODS: readonly RpcMethod[] = [
     summary: 'the snapshots within a qcow2 disk',
     params: z.strictObject({ name }),
     call: (daemon, params) => daemon.operate(pick(daemon.bdevs, params.name, 'bdev')[0]!, 'snapshots', {}),
+  }),
+  method({
+    name: 'controller_mirror',
+    summary:
+      'copies the disk of a controller to the bdev `target` while it is used, and keeps both the same: at most `bytes_per_second`',
+    params: z.strictObject({ name, target: z.string(), bytes_per_second: size.optional() }),
+    call: (daemon, params) =>
+      daemon.mirrors.start(controllerOf(daemon, params.name), params.target, params.bytes_per_second ?? 0),
+  }),
+  method({
+    name: 'controller_mirror_get',
+    summary: "how far the last mirror of a controller's disk is, null when there was none",
+    params: z.strictObject({ name }),
+    call: (daemon, params) => daemon.mirrors.info(controllerOf(daemon, params.name)),
+  }),
+  method({
+    name: 'controller_mirror_pivot',
+    summary:
+      'lets a controller go over to the target of its mirror, which its guest does not notice; then set it in the config',
+    params: z.strictObject({ name }),
+    call: (daemon, params) => daemon.mirrors.pivot(controllerOf(daemon, params.name)),
+  }),
+  method({
+    name: 'controller_mirror_cancel',
+    summary: "ends the mirror of a controller's disk, which stays where it is",
+    params: z.strictObject({ name }),
+    call: (daemon, params) => daemon.mirrors.cancel(controllerOf(daemon, params.name)),
   }),
   method({
     name: 'vhost_get_controllers',
@@ -178,6 +207,7 @@ export const METHODS: readonly RpcMethod[] = [
           writeback: info?.writeback ?? null,
           guest_memory_bytes: info?.guestMemoryBytes ?? 0,
           faults: info?.faults ?? [],
+          mirror: info?.mirror ?? null,
         };
       });
     },
@@ -195,6 +225,12 @@ function pick<T extends { readonly name: string }>(all: readonly T[], wanted: st
     message: `there is no ${what} ${wanted}`,
     remedy: suggest(wanted, names, what),
   });
+}
+
+/** Throws RpcError. */
+function controllerOf(daemon: Daemon, wanted: string): RunningController {
+  const named = daemon.controllers.map((controller) => ({ name: controller.config.name, controller }));
+  return pick(named, wanted, 'controller')[0]!.controller;
 }
 
 /** @param module the one the bdev must be of, or null for any @param sizeBytes null: that of its storage by now */

@@ -1,4 +1,5 @@
 /** Errors as JSON-RPC 2.0 answers them; where SPDK has a code of its own for the case, that one is used. */
+import { BdevError } from '../../bdev/bdev.js';
 import { RemoteError } from '../../poller/remote-reactor.js';
 import { ConfigError } from '../config/problem.js';
 
@@ -52,11 +53,16 @@ function toRpcError(error: unknown): RpcError {
   if (error instanceof RpcError) return error;
   if (error instanceof ConfigError) return new RpcError(RpcCode.invalidParams, ...error.problems.map(onlyProblem));
   const message = error instanceof Error ? error.message : String(error);
-  if (error instanceof RemoteError && error.name === 'BdevError') {
-    const { field, hint } = error.fields as { field: string; hint: string };
+  if (isBdevError(error)) {
+    const { field, hint } = (error instanceof RemoteError ? error.fields : error) as { field: string; hint: string };
     return new RpcError(RpcCode.invalidArgument, { field: toSnakeCase(field), message, remedy: hint });
   }
   return new RpcError(RpcCode.internalError, { field: '', message, remedy: "see the daemon's log" });
+}
+
+/** One of ours, or of a reactor. */
+function isBdevError(error: unknown): boolean {
+  return error instanceof BdevError || (error instanceof RemoteError && error.name === 'BdevError');
 }
 
 function onlyProblem({ field, message, remedy }: RpcProblem): RpcProblem {
