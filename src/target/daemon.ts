@@ -168,6 +168,7 @@ export class Daemon {
   async drain(): Promise<boolean> {
     this.state = 'draining';
     await this.mirrors.settle();
+    this.jobs.end();
     const drained = await this.#close();
     this.state = 'stopped';
     return drained;
@@ -576,12 +577,9 @@ export class Daemon {
       case 'closedByPeer':
         this.onClosedByPeer((data as Notices['closedByPeer']).controller);
         return;
-      case 'jobEnded': {
-        const end = data as Notices['jobEnded'];
-        // What the end of the daemon has ended goes on when it is back.
-        if (this.state !== 'draining' || end.info['state'] !== 'cancelled') this.jobs.ended(end);
+      case 'jobEnded':
+        this.jobs.ended(data as Notices['jobEnded']);
         return;
-      }
     }
   }
 }

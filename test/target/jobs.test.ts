@@ -72,11 +72,25 @@ describe('a long job', () => {
     },
   );
 
+  it('is not begun again for ever when the daemon ends soon after each time', { timeout: TIMEOUT_MS }, async () => {
+    const host = new Host();
+    await host.start();
+    await host.ask('controller_mirror', { name: 'vm', target: 'image', bytes_per_second: '1MiB' });
+    for (let kill = 0; kill < 4; kill++) {
+      await host.program.kill();
+      await host.start();
+      const what = kill < 3 ? 'a job goes on after the restart' : 'a job cannot go on after the restart';
+      expect(host.said(what)).toMatchObject({ controller: 'vm' });
+    }
+    expect(host.records).toEqual([]);
+    await host.program.stop();
+  });
+
   it('goes on after a kill of the process of an isolated disk: a mirror', { timeout: TIMEOUT_MS }, async () => {
     const host = new Host();
     await host.start({ controller: ', isolate: true, targets: [image]' });
     await host.ask('controller_mirror', { name: 'vm', target: 'image', bytes_per_second: '12MiB' });
-    const { pid } = (await until('its process', () => childOf(host.program.pid)));
+    const { pid } = await until('its process', () => childOf(host.program.pid));
     process.kill(pid, 'SIGKILL');
     await host.program.logged('a job goes on after the restart');
     expect(await host.ask('controller_mirror_get', { name: 'vm' })).toMatchObject({

@@ -10,23 +10,37 @@ import type { Wait, Waiter } from '../task.js';
 /** One request after the other; the io says what became of the last. */
 export class CopyIo implements IoOwner {
   readonly io = new BdevIo();
+  #isDone = true;
   #waiter: Waiter | null = null;
 
-  /** @param address where the data is, 0 for none */
+  get isDone(): boolean {
+    return this.#isDone;
+  }
+
+  /** Waits for the request. @param address where the data is, 0 for none */
   run(channel: IoChannel, type: IoType, offsetBytes: number, lengthBytes: number, address: number): Wait {
     return {
       begin: (waiter) => {
         this.#waiter = waiter;
-        this.io.prepare(type, offsetBytes, lengthBytes, type === IoType.writeZeroes ? IoFlag.unmap : 0);
-        if (address !== 0) this.io.addSegment(address, lengthBytes);
-        this.io.push(this, 0);
-        channel.submit(this.io);
+        this.submit(channel, type, offsetBytes, lengthBytes, address);
       },
     };
   }
 
+  /** Waits for nothing. */
+  submit(channel: IoChannel, type: IoType, offsetBytes: number, lengthBytes: number, address: number): void {
+    this.#isDone = false;
+    this.io.prepare(type, offsetBytes, lengthBytes, type === IoType.writeZeroes ? IoFlag.unmap : 0);
+    if (address !== 0) this.io.addSegment(address, lengthBytes);
+    this.io.push(this, 0);
+    channel.submit(this.io);
+  }
+
   onDone(): void {
-    this.#waiter!.wake();
+    const waiter = this.#waiter;
+    this.#isDone = true;
+    this.#waiter = null;
+    waiter?.wake();
   }
 }
 

@@ -179,8 +179,10 @@ export class Mirror {
   // ---- Copying
 
   *#run(): Task<void> {
-    yield new Until(this.#reactor, () => !this.isActive || this.#source.isIdle());
-    if (this.isActive) this.#channel.release(this.#channel);
+    const isTooLong = this.#deadline(HOLD_US);
+    yield new Until(this.#reactor, () => !this.isActive || this.#source.isIdle() || isTooLong());
+    if (this.#source.isIdle()) this.#channel.release(this.#channel);
+    else this.#end('failed', 'the requests that came before it did not end in time');
     const buffer = this.#reactor.arena.allocate(CHUNK_BYTES);
     const copy = new CopyIo();
     try {
@@ -284,7 +286,7 @@ export class Mirror {
       this.#channel.hold();
       const isTooLong = this.#deadline(HOLD_US);
       yield new Until(this.#reactor, () => !this.isActive || this.#isStill() || isTooLong());
-      if (this.#isStill()) yield* this.#flushTarget();
+      if (this.#isStill()) yield* this.#flushTarget(isTooLong);
     }
     if (this.isActive && this.#isStill()) return;
     this.abortPivot();
@@ -298,11 +300,13 @@ export class Mirror {
     return this.isActive && isCopied && this.#channel.isQuiet && this.#source.isIdle() && this.#target.isIdle();
   }
 
-  *#flushTarget(): Task<void> {
+  *#flushTarget(isTooLong: () => boolean): Task<void> {
     const flush = new CopyIo();
-    yield flush.run(this.#target.channel, IoType.flush, 0, 0, 0);
+    flush.submit(this.#target.channel, IoType.flush, 0, 0, 0);
+    yield new Until(this.#reactor, () => flush.isDone || isTooLong());
     const { io } = flush;
-    if (io.status !== IoStatus.success) this.#end('failed', describeFailure(io, this.#target.bdev));
+    if (!flush.isDone) this.#end('failed', `flush of bdev ${this.#target.bdev.name} did not end in time`);
+    else if (io.status !== IoStatus.success) this.#end('failed', describeFailure(io, this.#target.bdev));
   }
 
   #deadline(us: number): () => boolean {

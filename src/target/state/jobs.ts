@@ -9,6 +9,10 @@ import type { Log } from '../log.js';
 import type { StateFolder } from './state-folder.js';
 
 const KIND = 'job';
+/** One after whose new beginning the daemon has ended so often is not begun once more: it may be what ends it. */
+const RESUMES_MAX = 3;
+/** A job that has run so long is not what ends the daemon. */
+const SETTLED_MS = 30_000;
 
 const jobSchema = z.object({
   version: z.literal(1),
@@ -18,9 +22,12 @@ const jobSchema = z.object({
   operation: z.string(),
   /** As they were given. */
   params: z.record(z.string(), z.unknown()),
+  /** Times it was begun again of late. */
+  resumes: z.int().min(0),
 });
 
-export type JobRecord = Omit<z.infer<typeof jobSchema>, 'version'>;
+export type JobRecord = Omit<z.infer<typeof jobSchema>, 'version' | 'resumes'>;
+type StoredJob = z.infer<typeof jobSchema>;
 
 /** How a job ended. */
 export interface JobEnd {
@@ -34,6 +41,9 @@ export class Jobs {
   readonly #log: Log;
   /** Null: nothing is kept. */
   #state: StateFolder | null = null;
+  /** How often those were begun again that are just being so. */
+  readonly #resumes = new Map<string, number>();
+  #isEnding = false;
   /** Jobs that could not be begun again, as they are described, by owner and name. */
   readonly #lost = new Map<string, Readonly<Record<string, unknown>>>();
 
@@ -48,16 +58,12 @@ export class Jobs {
   /** A job has begun, and runs. */
   began(record: JobRecord): void {
     this.#lost.delete(keyOf(record));
-    try {
-      this.#state?.write(KIND, keyOf(record), { version: 1, ...record });
-    } catch (error) {
-      const problem = (error as Error).message;
-      this.#log.warn({ ...record, error: problem }, 'a job cannot be written down: it will not go on after a restart');
-    }
+    this.#write({ ...record, version: 1, resumes: this.#resumes.get(keyOf(record)) ?? 0 });
   }
 
-  /** A job is over, for good. */
+  /** A job is over. */
   ended({ owner, name, info }: JobEnd): void {
+    if (this.#isEnding && info['state'] !== 'done') return;
     const level = info['state'] === 'failed' ? 'warn' : 'info';
     this.#log[level]({ [owner]: name, ...info }, 'a job has ended');
     this.forget(owner, name);
@@ -80,19 +86,52 @@ export class Jobs {
   async resume(isMine: (record: JobRecord) => boolean, begin: (record: JobRecord) => Promise<unknown>): Promise<void> {
     for (const record of this.#records().filter(isMine)) {
       const { owner, name, operation, params } = record;
+      const resumes = record.resumes + 1;
       try {
+        if (resumes > RESUMES_MAX) throw new Error(`${RESUMES_MAX} times all ended soon after it had gone on`);
+        this.#resumes.set(keyOf(record), resumes);
+        this.#write({ ...record, resumes });
         await begin(record);
+        setTimeout(() => this.#settle(record), SETTLED_MS).unref();
         this.#log.info({ [owner]: name, operation, ...params }, 'a job goes on after the restart');
       } catch (error) {
+        if (this.#isEnding) return;
         const { message } = error as Error;
         this.#log.warn({ [owner]: name, operation, error: message }, 'a job cannot go on after the restart');
         this.#lost.set(keyOf(record), { type: operation, state: 'failed', error: `after a restart: ${message}` });
         this.forget(owner, name);
+      } finally {
+        this.#resumes.delete(keyOf(record));
       }
     }
   }
 
-  #records(): JobRecord[] {
+  /** The daemon ends in an orderly way: what ends with it is no end of a job. */
+  end(): void {
+    this.#isEnding = true;
+    for (const record of this.#records()) this.#settle(record);
+  }
+
+  /** It is not the job that ends the daemon. */
+  #settle(record: JobRecord): void {
+    const stored = this.#records().find((other) => keyOf(other) === keyOf(record));
+    if (stored !== undefined && stored.resumes > 0) this.#write({ ...stored, resumes: 0 });
+  }
+
+  #write(record: StoredJob): void {
+    try {
+      this.#state?.write(KIND, keyOf(record), record);
+    } catch (error) {
+      const { owner, name, operation } = record;
+      const problem = (error as Error).message;
+      this.#log.warn(
+        { [owner]: name, operation, error: problem },
+        'a job cannot be written down: it ends with the daemon',
+      );
+    }
+  }
+
+  #records(): StoredJob[] {
     try {
       return (this.#state?.read(KIND) ?? []).flatMap(({ path, value }) => {
         const parsed = jobSchema.safeParse(value);

@@ -267,6 +267,18 @@ describe('a mirror', () => {
     expectSame('in the end');
   });
 
+  it('is not begun while a request before it takes too long', () => {
+    open(stack(memory(), error()), memory());
+    errors('source').setRules([hang('read')]);
+    const before = disk.start(IoType.read, 0, 512);
+    const mirror = disk.mirror();
+    const held = disk.startWrite(0, fresh(512));
+    disk.finish(held);
+    expect(mirror.info).toMatchObject({ state: 'failed', error: expect.stringMatching(/in time/) as string });
+    errors('source').release();
+    disk.finish(before);
+  });
+
   it('answers a write when both legs have it, and a flush when both have carried it out', () => {
     open(memory(), stack(memory(), error()));
     fill();
@@ -563,6 +575,20 @@ describe('a pivot', () => {
     expectSame('after it');
     await pivotOf(mirror);
     mirror.commitPivot();
+  });
+
+  it('is given up when the flush of the target hangs: requests are not held for it for ever', async () => {
+    open(memory(), stack(memory(), error()));
+    const mirror = disk.mirror();
+    disk.untilReady(mirror);
+    errors('target').setRules([hang('flush')]);
+    const pivot = mirror.preparePivot();
+    disk.rig.pass(1000);
+    const held = disk.startWrite(0, fresh(512));
+    await expect(disk.settled(pivot)).rejects.toMatchObject({ code: 'busy' });
+    expect(mirror.info).toMatchObject({ state: 'failed', error: 'flush of bdev target did not end in time' });
+    disk.finish(held);
+    expect(held.status).toBe(IoStatus.success);
   });
 
   it('is given up when the target cannot be flushed', async () => {
