@@ -74,10 +74,13 @@ export class SimDaemon {
   }
 
   /** Begins an operation on the image there is in the stack, between two steps. It may be refused. */
-  edit(operation: string, params: Readonly<Record<string, unknown>>, onDone: () => void): void {
+  edit(operation: string, params: Readonly<Record<string, unknown>>, onBegin: () => void): void {
     const bdevs = this.registry.names().map((name) => this.registry.get(name)!);
-    const image = bdevs.find((bdev) => bdev.operate !== undefined);
-    this.reactor.defer(() => void image?.operate!(operation, params).then(onDone, () => undefined));
+    const image = bdevs.find((bdev) => bdev.operate !== undefined)!;
+    this.reactor.defer(() => {
+      onBegin();
+      image.operate!(operation, params).catch(() => undefined);
+    });
   }
 
   /** After the orderly end. Throws Violation. */

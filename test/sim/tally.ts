@@ -8,7 +8,7 @@ export interface Tally {
   powerCuts: number;
   stops: number;
   controls: number;
-  /** Of an image, that were done. */
+  /** Of images, that were begun. */
   edits: number;
   events: number;
 }
