@@ -138,6 +138,8 @@ export interface BdevContext {
   openTarget(name: string, writer: string): OpenBdev;
   /** A long job that `operate` began is over. @param info what is said of it, plain JSON, with its `state` */
   jobEnded(info: Readonly<Record<string, unknown>>): void;
+  /** Opens one of `owner`'s own `readBases` for writing: until it is closed nobody else may rely on it. Throws BdevError. */
+  openBase(name: string, owner: string): OpenBdev;
 }
 
 /** Config of any bdev: what all modules share. The module's own keys lie beside these. */

@@ -138,10 +138,20 @@ export class BdevRegistry {
    * @param writer name to claim it under, or null to read only
    */
   open(name: string, writer: string | null, field: string): OpenBdev & { readonly stats: IoStats } {
+    return this.#open(name, writer, field, null);
+  }
+
+  /** @param reader one that relies on the bdev and may do so while this consumer writes to it, or null */
+  #open(
+    name: string,
+    writer: string | null,
+    field: string,
+    reader: string | null,
+  ): OpenBdev & { readonly stats: IoStats } {
     const entry = this.#entry(name, field);
     if (writer !== null) {
       this.#checkUnclaimed(entry, writer, field);
-      if (!entry.bdev.readOnly) this.#checkUnread(entry, writer, field);
+      if (!entry.bdev.readOnly) this.#checkUnread(entry, writer, field, reader);
     }
     const channel = new BdevChannel(entry.bdev, this.#reactor, entry.stats, writer === null || entry.bdev.readOnly);
     if (writer !== null) entry.writer = writer;
@@ -196,6 +206,7 @@ export class BdevRegistry {
       open: (base) => new BdevChannel(base, this.#reactor, this.#entries.get(base.name)?.stats ?? new IoStats()),
       openTarget: (name, writer) => this.open(name, writer, 'target'),
       jobEnded: (info) => this.#onJobEnd(owner, info),
+      openBase: (name, writer) => this.#open(name, writer, 'backing', writer),
       create: (config) => this.#moduleOf(config).create(config, this.#context(owner)),
     };
   }
@@ -212,12 +223,13 @@ export class BdevRegistry {
     );
   }
 
-  #checkUnread(entry: Entry, writer: string, field: string): void {
-    if (entry.readers.length === 0) return;
+  #checkUnread(entry: Entry, writer: string, field: string, allowed: string | null = null): void {
+    const readers = entry.readers.filter((reader) => reader !== allowed);
+    if (readers.length === 0) return;
     throw new BdevError(
       'claimed',
       field,
-      `bdev ${entry.bdev.name} is what ${entry.readers.join(', ')} stands on, ${writer} cannot write to it`,
+      `bdev ${entry.bdev.name} is what ${readers.join(', ')} stands on, ${writer} cannot write to it`,
       'write to an image on top of it, or set `read_only: true`',
     );
   }

@@ -67,6 +67,11 @@ export function runOnReactor<T>(reactor: Pick<Reactor, 'endSlice'>, task: Task<T
   });
 }
 
+/** Waits for the reactor's next step. */
+export function* nextStep(reactor: Pick<Reactor, 'defer'>): Task<void> {
+  yield { begin: (waiter) => reactor.defer(() => waiter.wake()) };
+}
+
 class RunningTask<T> implements Waiter {
   readonly #task: Task<T>;
   readonly #onEnd: (result: T) => void;

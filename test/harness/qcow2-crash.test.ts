@@ -4,8 +4,13 @@
  * Method: crash enumeration on tiny images, and failing every request in turn.
  */
 import { describe, expect, it } from 'vitest';
+import { Oracle } from '../sim/oracle.js';
+import { SimDisk } from '../sim/sim-disk.js';
 import { crashEnumeration, OPERATIONS } from './crash-enumeration.js';
 import { failNth } from './fail-nth.js';
+import { SimLife, SimMachine } from './sim-machine.js';
+import { Volume } from './volume.js';
+import type { Operation } from './volume.js';
 import { encryptedStack, expectWhole, newEncryptedImage, newImage, qcow2Stack, qcow2WithoutLog } from './qcow2.js';
 
 const TIMEOUT_MS = 240_000;
@@ -39,6 +44,26 @@ describe('Without a log a qcow2 disk', () => {
       expect(one.images).toBeGreaterThan(50);
     },
   );
+});
+
+describe('The log of a qcow2 disk that was killed', () => {
+  it('is void when the image is written to without one', () => {
+    const machine = new SimMachine([new SimDisk(FILE_BYTES, newImage('cluster_size=512', SECTORS, FILE_BYTES))]);
+    const oracle = new Oracle(SECTORS);
+    const [write, elsewhere] = OPERATIONS as readonly [Operation, Operation];
+    const first = new SimLife(machine, qcow2Stack, { seed: 1 });
+    new Volume(first, oracle).run(write);
+    first.kill();
+    const second = new SimLife(machine, qcow2WithoutLog, { seed: 1 });
+    new Volume(second, oracle).run(elsewhere, write);
+    second.close();
+    const third = new SimLife(machine, qcow2Stack, { seed: 1 });
+    // Throws where it is not what was written last.
+    new Volume(third, oracle).run({ name: 'read', type: 'read', sector: 0, sectors: SECTORS });
+    third.close();
+    expectWhole(machine.disks.map(({ view }) => view));
+    machine.close();
+  });
 });
 
 describe('When one request of the file fails a qcow2 disk', () => {

@@ -2,7 +2,7 @@
 import { execFileSync } from 'node:child_process';
 import { mkdtempSync, readFileSync, rmSync } from 'node:fs';
 import { tmpdir } from 'node:os';
-import { join } from 'node:path';
+import { dirname, join } from 'node:path';
 import type { BdevConfig } from '../../src/bdev/bdev.js';
 import { CREATE_DEFAULTS, createImage } from '../../src/bdev/qcow2/create.js';
 import { checkImage } from '../../src/bdev/qcow2/check.js';
@@ -16,6 +16,7 @@ import { Violation } from '../sim/oracle.js';
 import { SECTOR_BYTES } from '../sim/sim-disk.js';
 import { simDisk } from './sim-machine.js';
 import type { Stack } from './sim-machine.js';
+import type { Operation } from './volume.js';
 
 /** An empty image, as QEMU makes it, in a file of `fileBytes`. */
 export function newImage(options: string, sectors: number, fileBytes: number, ...more: readonly string[]): Uint8Array {
@@ -29,11 +30,56 @@ export function newImage(options: string, sectors: number, fileBytes: number, ..
   return image;
 }
 
+/** An empty overlay over what is going to be the second disk. */
+export function newOverlay(options: string, sectors: number, fileBytes: number): Uint8Array {
+  const folder = mkdtempSync(join(tmpdir(), 'strata-test-'));
+  const path = join(folder, 'disk0');
+  const bytes = String(sectors * SECTOR_BYTES);
+  execFileSync('qemu-img', ['create', '-q', '-f', 'qcow2', join(folder, 'disk1'), bytes]);
+  execFileSync('qemu-img', [
+    ...['create', '-q', '-f', 'qcow2', '-o', options, '-b', 'disk1', '-F', 'qcow2', path, bytes],
+  ]);
+  const image = new Uint8Array(fileBytes);
+  image.set(readFileSync(path));
+  rmSync(folder, { recursive: true });
+  return image;
+}
+
 /** A qcow2 bdev on the first disk. */
 export const qcow2Stack: Stack = ([path], memoryDir): readonly BdevConfig[] => [
   simDisk('file', path!),
   qcow2On({ restartDir: memoryDir, codecThreads: 0 })('volume', 'file'),
 ];
+
+/** An overlay on the first disk, whose image names the second one as its base. */
+export const overlayStack: Stack = ([path], memoryDir): readonly BdevConfig[] => [
+  simDisk('file', path!),
+  qcow2On({ restartDir: memoryDir, codecThreads: 0, imageDir: dirname(path!) })('volume', 'file'),
+];
+
+/** The base of an overlay is a bdev of its own, which the config names. */
+export const overlayOnBdevStack: Stack = ([path, base], memoryDir): readonly BdevConfig[] => [
+  simDisk('base-file', base!),
+  qcow2On({ restartDir: memoryDir, codecThreads: 0 })('base', 'base-file'),
+  simDisk('file', path!),
+  qcow2On({ restartDir: memoryDir, codecThreads: 0, backing: 'base' })('volume', 'file'),
+];
+
+/** Commits the overlay. @param isAwaited it is over when the operation is, else it goes on beside those that follow */
+export function commitOperation(name: string, isAwaited: boolean): Operation {
+  return {
+    name,
+    type: 'call',
+    start: (life) => {
+      const job = (): unknown => (life.open.bdev.describe()['job'] as { state: string } | null)?.state;
+      life.perform(() => {
+        // What it was refused for is told by its state, or was death.
+        life.open.bdev.operate!('commit', {}).catch(() => undefined);
+      });
+      return isAwaited ? () => job() !== 'running' : () => true;
+    },
+  };
+}
 
 /** The same without what outlives a kill: changes are durable before they are answered. */
 export const qcow2WithoutLog: Stack = ([path]): readonly BdevConfig[] => [
@@ -97,10 +143,12 @@ export function checkBytes(image: Uint8Array): CheckReport {
   return completeTask(checkImage(file, { repair: 'none' }), () => undefined);
 }
 
-/** After a crash an image may have clusters that nobody uses, and nothing else. Throws Violation. */
-export function expectWhole([image]: readonly Uint8Array[]): void {
-  const report = checkBytes(image!);
-  if (report.corruptions > 0 || report.checkErrors > 0) throw new Violation(`the image: ${JSON.stringify(report)}`);
+/** After a crash images may have clusters that nobody uses, and nothing else. Throws Violation. */
+export function expectWhole(images: readonly Uint8Array[]): void {
+  images.forEach((image, i) => {
+    const report = checkBytes(image);
+    if (report.corruptions > 0 || report.checkErrors > 0) throw new Violation(`image ${i}: ${JSON.stringify(report)}`);
+  });
 }
 
 function refuse(): never {

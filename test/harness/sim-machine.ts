@@ -2,9 +2,8 @@
  * A bdev stack on simulated disks, without a guest: disks that outlive processes, and processes that use them and end, orderly or
  * at any request.
  */
-import { mkdtempSync, readFileSync, readdirSync, rmSync, writeFileSync } from 'node:fs';
+import { mkdtempSync, readFileSync, readdirSync, rmSync, statSync, truncateSync, writeFileSync } from 'node:fs';
 import { join } from 'node:path';
-import { check, checkObject, native } from '../../native/index.js';
 import type { BdevConfig, BdevModule } from '../../src/bdev/bdev.js';
 import { modules } from '../../src/bdev/modules.js';
 import { BdevRegistry } from '../../src/bdev/registry.js';
@@ -42,20 +41,23 @@ export type MemoryFiles = ReadonlyMap<string, Buffer>;
 /** The disks of one host. */
 export class SimMachine {
   readonly disks: readonly SimDisk[];
-  /** Files whose size is all that is used of them. */
+  /** Files whose size is all that is used of them: `disk0`, `disk1`, ... of a folder, which images may name. */
   readonly paths: readonly string[];
   /** A folder on a tmpfs. */
   readonly memoryDir = mkdtempSync('/dev/shm/strata-test-');
-  readonly #fds: readonly number[];
+  readonly #folder = mkdtempSync('/dev/shm/strata-test-');
   readonly #inodes: readonly number[];
 
   /** @param memory files of the memory folder by name */
   constructor(disks: readonly SimDisk[], memory: MemoryFiles = new Map()) {
     for (const [name, bytes] of memory) writeFileSync(join(this.memoryDir, name), bytes);
     this.disks = disks;
-    this.#fds = disks.map(({ sizeBytes }) => check(native.memfdCreate('sim-disk', sizeBytes), 'make a file'));
-    this.paths = this.#fds.map((fd) => `/proc/self/fd/${fd}`);
-    this.#inodes = this.#fds.map((fd) => checkObject(native.fileStat(fd), 'stat a file').inode);
+    this.paths = disks.map((_, i) => join(this.#folder, `disk${i}`));
+    this.#inodes = this.paths.map((path, i) => {
+      writeFileSync(path, '');
+      truncateSync(path, disks[i]!.sizeBytes);
+      return statSync(path).ino;
+    });
   }
 
   diskOf(inode: number): SimDisk {
@@ -68,7 +70,7 @@ export class SimMachine {
   }
 
   close(): void {
-    for (const fd of this.#fds) native.fileClose(fd);
+    rmSync(this.#folder, { recursive: true });
     rmSync(this.memoryDir, { recursive: true });
   }
 }
@@ -89,6 +91,7 @@ export class SimLife {
   /** Submissions and completions so far. */
   events = 0;
   readonly #process = new SimProcess();
+  readonly #diesAt: number;
   readonly #registry: BdevRegistry;
   readonly #timeline = new Timeline();
 
@@ -96,6 +99,7 @@ export class SimLife {
   constructor(machine: SimMachine, stack: Stack, options: LifeOptions) {
     arena ??= new SimArena(ARENA_BYTES);
     this.arena = arena;
+    this.#diesAt = options.diesAt ?? Infinity;
     const stepUs = randomFor(options.seed, 'steps');
     this.ring = new SimRing({
       arena,
@@ -108,7 +112,8 @@ export class SimLife {
       pass: (untilUs, enough) => this.#process.outside(() => this.#timeline.passUntil(untilUs, enough)),
       stepUs: () => stepUs.next() * STEP_US,
       beforeIo: () => {
-        if (++this.events === options.diesAt) throw new Died();
+        this.events++;
+        this.#dieWhenDue();
       },
       entries: 64,
     });
@@ -139,7 +144,21 @@ export class SimLife {
     for (let steps = 0; !reached(); steps++) {
       if (steps === STEPS_MAX) throw new Error(`${what}: not reached in ${steps} steps`);
       this.#process.run(() => this.reactor.step());
+      // A task may have kept it to itself.
+      this.#dieWhenDue();
     }
+  }
+
+  /** Runs something that an operator asks of the process. Throws Died. */
+  perform<T>(work: () => T): T {
+    const result = this.#process.run(work);
+    this.#dieWhenDue();
+    return result;
+  }
+
+  /** Whoever is dead does nothing any more. */
+  #dieWhenDue(): void {
+    if (this.events >= this.#diesAt) throw new Died();
   }
 
   /** The orderly end. Throws when anything is left. */

@@ -413,8 +413,8 @@ export const MUTATIONS: readonly Mutation[] = [
   },
   {
     name: 'qcow2: the log that a session left is not carried out',
-    file: `${QCOW2}/qcow2.ts`,
-    edits: [['this.#replayed = yield* replay(engine, left);', 'this.#replayed = 0;']],
+    file: `${QCOW2}/served-image.ts`,
+    edits: [['this.replayed = yield* replay(this.engine, left);', 'this.replayed = 0;']],
   },
   {
     name: 'qcow2: what is around the data in a cluster is not copied',
@@ -439,18 +439,18 @@ export const MUTATIONS: readonly Mutation[] = [
   },
   {
     name: 'qcow2: what changed is not written before metadata is edited',
-    file: `${QCOW2}/qcow2.ts`,
-    edits: [['      yield* engine.settleAll(() => this.#flush());\n      try {', '      try {']],
+    file: `${QCOW2}/served-image.ts`,
+    edits: [['      yield* engine.settleAll(() => this.flush());\n      try {', '      try {']],
   },
   {
     name: 'qcow2: counters are used as they were before an edit',
-    file: `${QCOW2}/qcow2.ts`,
+    file: `${QCOW2}/served-image.ts`,
     edits: [['engine.allocator!.reset(yield* loadRefcountTable(image));', 'yield* loadRefcountTable(image);']],
   },
   {
     name: 'qcow2: mappings are used as they were before an edit',
     short: true,
-    file: `${QCOW2}/qcow2.ts`,
+    file: `${QCOW2}/served-image.ts`,
     edits: [['image.l2.clear();\n', '']],
   },
 ];

@@ -234,6 +234,7 @@ function watched(fd: number): number {
 }
 
 native.fileOpen = (path, flags, mode) => watched(real.fileOpen(path, flags, mode));
+native.fileOpenBeneath = (folder, path, flags) => watched(real.fileOpenBeneath(folder, path, flags));
 native.fileDuplicate = (fd) => watched(real.fileDuplicate(fd));
 native.eventfdCreate = () => watched(real.eventfdCreate());
 native.memfdCreate = (name, sizeBytes) => watched(real.memfdCreate(name, sizeBytes));

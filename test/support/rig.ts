@@ -25,6 +25,10 @@ const IDLE_STEP_US = 25;
 const KERNEL_WAIT_US = 2_000;
 /** Steps until what is waited for must have happened. */
 const STEPS_MAX = 2_000_000;
+/** Steps in vain after which threads of the process get a moment. */
+const THREAD_STEPS = 1_000;
+const THREAD_WAIT_MS = 1;
+const pause = new Int32Array(new SharedArrayBuffer(4));
 /** Waits for the kernel that were in vain. */
 const KERNEL_WAITS_MAX = 5_000;
 
@@ -81,6 +85,8 @@ export class Rig {
         throw new Error(`${what}: not reached in ${steps} steps, ${inflight} requests with the kernel`);
       }
       const busy = this.step();
+      // Threads may be at work for it, on cores that others want, too.
+      if (!busy && steps % THREAD_STEPS === THREAD_STEPS - 1) Atomics.wait(pause, 0, 0, THREAD_WAIT_MS);
       // What is tried again in every step is work, too, and may wait for a slow disk.
       if (this.ring.inflight === 0 || (busy && steps < STEPS_MAX)) continue;
       if (!this.ring.wait(KERNEL_WAIT_US)) kernelWaits++;

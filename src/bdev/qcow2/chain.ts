@@ -24,6 +24,7 @@ interface FileConfig extends BdevConfig {
   readonly path: string;
   readonly readOnly: boolean;
   readonly direct: boolean;
+  readonly lock: boolean;
 }
 
 /** Everything that was opened on the way, to be closed again. */
@@ -31,11 +32,65 @@ export class Opened {
   readonly bdevs: Bdev[] = [];
   readonly channels: IoChannel[] = [];
   readonly images: Qcow2Image[] = [];
+  readonly locks: FileLock[] = [];
 
   close(): void {
     for (const image of this.images) image.release();
     for (const channel of this.channels) channel.close();
     for (const bdev of this.bdevs) bdev.destroy();
+    for (const lock of this.locks) lock.close();
+  }
+}
+
+/** What lies below an image, open. */
+export class Below {
+  readonly layers: readonly Layer[];
+  readonly #opened: Opened;
+
+  constructor(layers: readonly Layer[] = [], opened = new Opened()) {
+    this.layers = layers;
+    this.#opened = opened;
+  }
+
+  /** No request is under way. */
+  *close(): Task<void> {
+    this.#opened.close();
+  }
+}
+
+/** Keeps others from a file of the chain that is going to be written, and is never let go of on the way there and back. */
+export class FileLock {
+  readonly #fd: number;
+  readonly #path: string;
+
+  /** Nobody else may write to it from here on. @param fd open for writing, and closed with the lock. Throws BdevError */
+  constructor(fd: number, path: string) {
+    this.#fd = fd;
+    this.#path = path;
+    this.#take(0);
+  }
+
+  /** Nobody else may have it open. Throws BdevError. */
+  own(): void {
+    this.#take(1);
+  }
+
+  share(): void {
+    this.#take(0);
+  }
+
+  close(): void {
+    native.fileClose(this.#fd);
+  }
+
+  #take(exclusive: 0 | 1): void {
+    if (native.fileLock(this.#fd, exclusive) === 0) return;
+    throw new BdevError(
+      'locked',
+      'name',
+      `${this.#path} is in use by another disk or process, which relies on what it holds`,
+      'end that one, then commit again',
+    );
   }
 }
 
@@ -58,55 +113,129 @@ export interface DataFile {
 }
 
 /** A file that was found by its name. */
-interface NamedFile {
+export interface NamedFile {
   readonly bdev: Bdev;
   readonly path: string;
 }
 
+/** How a named file is opened. */
+interface Access {
+  /** Of its bdev's name. */
+  readonly suffix: string;
+  readonly readOnly: boolean;
+  /** Its lock is one that changes hands (FileLock), and not the bdev's. */
+  readonly hasOwnLock?: boolean;
+}
+
 /** The images below one, as it and they name them. Throws BdevError. */
 export function* openBacking(options: ChainOptions, base: Bdev, top: Qcow2Header): Task<Layer[]> {
-  const { context, opened, seen } = options;
-  const layers: Layer[] = [];
-  let above = { header: top, path: pathOf(base) };
-  const fd = check(native.fileOpen(above.path, O_RDONLY, 0), `open ${above.path}`);
+  noteOwn(options, base);
+  return yield* openBehind(options, base, { header: top, path: pathOf(base) }, 1);
+}
+
+/** The file of an image is part of the chain. */
+function noteOwn({ seen }: ChainOptions, base: Bdev): void {
+  const path = pathOf(base);
+  const fd = check(native.fileOpen(path, O_RDONLY, 0), `open ${path}`);
   seen.add(identityOf(fd));
   native.fileClose(fd);
+}
+
+/** An image of a chain, as far as the ones behind it need it. */
+interface Above {
+  readonly header: Qcow2Header;
+  readonly path: string;
+}
+
+function* openBehind(options: ChainOptions, base: Bdev, top: Above, first: number): Task<Layer[]> {
+  const { context, opened } = options;
+  const layers: Layer[] = [];
+  let above = top;
   while (above.header.backingFile !== null) {
-    if (layers.length === CHAIN_MAX)
-      throw badImage('header.backing_file', `has more than ${CHAIN_MAX} images behind it`);
-    const format = above.header.backingFormat;
-    if (format !== 'raw' && format !== 'qcow2') {
-      throw unsupportedImage(
-        'header.backing_format',
-        format === null ? 'is not given, and formats are never guessed' : `is ${format}`,
-        'set it with `qemu-img rebase -u -F FORMAT`, or name the bdev in `backing`',
-      );
-    }
-    const file = openNamed(options, base, above.path, above.header.backingFile, `${layers.length + 1}`, true);
+    const number = first + layers.length;
+    if (number > CHAIN_MAX) throw badImage('header.backing_file', `has more than ${CHAIN_MAX} images behind it`);
+    const format = backingFormatOf(above.header);
+    const file = openNamed(options, base, above.path, above.header.backingFile, {
+      suffix: `${number}`,
+      readOnly: true,
+    });
     const channel = context.open(file.bdev);
     opened.channels.push(channel);
     if (format === 'raw') {
       layers.push({ image: null, channel, sizeBytes: file.bdev.blockCount * file.bdev.blockSizeBytes });
       return layers;
     }
-    const header = yield* readHeader(new ChannelFile(file.bdev, channel, context.reactor));
-    if (header.cryptMethod !== 0)
-      throw unsupportedImage(
-        'header.crypt_method',
-        `of ${file.path} is set: its key is not known here`,
-        'serve that image as a bdev with its own `key_file`, and name it in `backing`',
-      );
-    const { l2CacheBytes } = options;
-    const image = new Qcow2Image(header, { reactor: context.reactor, base: file.bdev, channel, l2CacheBytes });
-    opened.images.push(image);
-    yield* image.load();
+    const image = yield* openImage(options, file, channel);
+    const { header } = image;
     const data = hasExternalData(header)
-      ? openData(options, base, file.path, header, `${layers.length + 1}-data`, true).channel
+      ? openData(options, base, file.path, header, { suffix: `${number}-data`, readOnly: true }).channel
       : channel;
     layers.push({ image, channel: data, sizeBytes: header.sizeBytes });
     above = { header, path: file.path };
   }
   return layers;
+}
+
+function* openImage(
+  { context, opened, l2CacheBytes }: ChainOptions,
+  file: NamedFile,
+  channel: IoChannel,
+): Task<Qcow2Image> {
+  const header = yield* readHeader(new ChannelFile(file.bdev, channel, context.reactor));
+  if (header.cryptMethod !== 0)
+    throw unsupportedImage(
+      'header.crypt_method',
+      `of ${file.path} is set: its key is not known here`,
+      'serve that image as a bdev with its own `key_file`, and name it in `backing`',
+    );
+  const image = new Qcow2Image(header, { reactor: context.reactor, base: file.bdev, channel, l2CacheBytes });
+  opened.images.push(image);
+  yield* image.load();
+  return image;
+}
+
+function backingFormatOf({ backingFormat: format }: Qcow2Header): 'raw' | 'qcow2' {
+  if (format === 'raw' || format === 'qcow2') return format;
+  throw unsupportedImage(
+    'header.backing_format',
+    format === null ? 'is not given, and formats are never guessed' : `is ${format}`,
+    'set it with `qemu-img rebase -u -F FORMAT`, or name the bdev in `backing`',
+  );
+}
+
+/** The file directly below an image, which can be written to, and what lies below that. */
+export interface WritableFile extends NamedFile {
+  readonly channel: IoChannel;
+  readonly lock: FileLock;
+  /** Null: it is raw. */
+  readonly image: Qcow2Image | null;
+  readonly behind: readonly Layer[];
+}
+
+/** Opens what an image names as its backing file for writing; nothing is written yet. Throws BdevError. */
+export function* openBackingFile(options: ChainOptions, base: Bdev, header: Qcow2Header): Task<WritableFile> {
+  const { context, opened } = options;
+  noteOwn(options, base);
+  const format = backingFormatOf(header);
+  const file = openNamed(options, base, pathOf(base), header.backingFile!, {
+    suffix: '1',
+    readOnly: false,
+    hasOwnLock: true,
+  });
+  const channel = context.open(file.bdev);
+  opened.channels.push(channel);
+  const found = { ...file, channel, lock: opened.locks[0]! };
+  if (format === 'raw') return { ...found, image: null, behind: [] };
+  const image = yield* openImage(options, file, channel);
+  if (hasExternalData(image.header)) {
+    throw unsupportedImage(
+      'header.data_file',
+      `of ${file.path} names another file, which is not written to from above`,
+      'serve that image as a bdev, and name it in `backing`',
+    );
+  }
+  const behind = yield* openBehind(options, base, { header: image.header, path: file.path }, 2);
+  return { ...found, image, behind };
 }
 
 /** The file that holds the data of an image, as its header names it. Throws BdevError. */
@@ -115,13 +244,12 @@ export function openData(
   base: Bdev,
   imagePath: string,
   { dataFile }: Qcow2Header,
-  suffix: string,
-  readOnly: boolean,
+  access: Access,
 ): DataFile {
   if (dataFile === null) {
     throw unsupportedImage('header.data_file', 'is not given', 'name the bdev that holds the data in `data_file`');
   }
-  const { bdev } = openNamed(options, base, imagePath, dataFile, suffix, readOnly);
+  const { bdev } = openNamed(options, base, imagePath, dataFile, access);
   const channel = options.context.open(bdev);
   options.opened.channels.push(channel);
   return { bdev, channel };
@@ -144,8 +272,7 @@ function openNamed(
   base: Bdev,
   imagePath: string,
   name: string,
-  suffix: string,
-  readOnly: boolean,
+  { suffix, readOnly, hasOwnLock = false }: Access,
 ): NamedFile {
   if (imageDir === null) {
     throw new BdevError(
@@ -168,19 +295,27 @@ function openNamed(
       'backing-file',
       'image_dir',
       `${wanted}, named by ${imagePath}, ${reason}`,
-      'move it, or allow its folder',
+      readOnly
+        ? 'move it, or allow its folder'
+        : 'allow writing to it; a disk with `isolate: true` opens no files, but takes a bdev named in `backing`',
     );
   }
+  let lock: FileLock | null = null;
   try {
     const path = readlinkSync(`/proc/self/fd/${fd}`);
     const identity = identityOf(fd);
     if (seen.has(identity)) throw badImage('header.backing_file', `goes in a circle: ${path} is in the chain already`);
     seen.add(identity);
+    if (hasOwnLock) {
+      lock = new FileLock(fd, path);
+      opened.locks.push(lock);
+    }
     const config: FileConfig = {
       ...FILE_DEFAULTS,
       name: `${owner}/${suffix}`,
       path: `/proc/self/fd/${fd}`,
       readOnly,
+      lock: !hasOwnLock,
       direct: base.describe()['direct'] === true,
     };
     const bdev = context.create(config);
@@ -195,7 +330,7 @@ function openNamed(
     }
     return { bdev, path };
   } finally {
-    native.fileClose(fd);
+    if (lock === null) native.fileClose(fd);
   }
 }
 
@@ -205,7 +340,6 @@ const FILE_DEFAULTS = {
   blockSizeBytes: null,
   iopoll: false,
   fixedBuffers: false,
-  lock: true,
 };
 
 /** Throws BdevError. */

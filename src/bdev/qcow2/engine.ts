@@ -27,11 +27,11 @@ import type { Qcow2Image } from './image.js';
 import type { LiveBitmaps } from './live-bitmaps.js';
 import { Extent, Mapped } from './l2.js';
 import type { Dropped } from './l2.js';
-import { Piece, RequestJob } from './request-job.js';
+import { JobKind, Piece, RequestJob } from './request-job.js';
 import { RecordKind } from './restart-log.js';
 import type { RestartLog } from './restart-log.js';
 import { newCopyEntries } from './segments.js';
-import { startTask } from './task.js';
+import { nextStep, startTask } from './task.js';
 import type { Task } from './task.js';
 import { WaitList, sleep } from './wait-list.js';
 import type { Sleeper } from './wait-list.js';
@@ -42,6 +42,8 @@ const LOWERED_MAX = 4096;
 const ZEROES_BYTES = 64 * 1024;
 /** Memory for what is copied around data, at most, but for four buffers. */
 const COPY_BYTES_MAX = 16 * 2 ** 20;
+/** Gives a field that changes double representation from the start. */
+const DOUBLE = 0.5;
 
 /** One image of a chain, or the disk at its end. */
 export interface Layer {
@@ -109,6 +111,11 @@ export class Engine implements IoOwner {
   log: RestartLog | null = null;
   bitmaps: LiveBitmaps | null = null;
   isReadOnly = true;
+  /**
+   * Without a log, what changes the mapping is answered when it is durable, as a guest has to be; who flushes by itself wants it
+   * sooner.
+   */
+  answersWhenDurable = true;
   /** What is known of the chain below; null where it is short. */
   chain: ChainMap | null;
   /** Made when the first compressed cluster is met: few images have any. */
@@ -135,6 +142,12 @@ export class Engine implements IoOwner {
   readonly #held = new IoQueue();
   readonly #idle = new WaitList();
   readonly #thaw = new WaitList();
+  /** Woken when an epoch has ended. */
+  readonly #passed = new WaitList();
+  /** The part of the disk in which nothing is written now, [from, to), and what waits for that. */
+  #closedFrom = DOUBLE;
+  #closedTo = DOUBLE;
+  readonly #shutOut = new IoQueue();
 
   constructor(options: EngineOptions) {
     const { reactor, layers, onDamage } = options;
@@ -144,11 +157,20 @@ export class Engine implements IoOwner {
     this.top = layers[0]!.image!;
     this.dataChannel = layers[0]!.channel;
     this.isEncrypted = this.top.header.cryptMethod !== CryptMethod.none;
-    this.#backedBytes = layers.length > 1 ? layers[1]!.sizeBytes : 0;
     this.#onDamage = onDamage;
-    this.chain = layers.length > 2 ? new ChainMap(this.top.sizeBytes, this.top.geometry.clusterBytes) : null;
+    this.#closedFrom = 0;
+    this.#closedTo = 0;
+    this.#backedBytes = 0;
+    this.chain = null;
+    this.#adopt(layers);
     const bufferBytes = 2 * this.top.geometry.clusterBytes;
     this.buffers = new BufferPool(reactor.arena, bufferBytes, Math.max(4, Math.floor(COPY_BYTES_MAX / bufferBytes)));
+  }
+
+  #adopt(layers: readonly Layer[]): void {
+    this.layers = layers;
+    this.#backedBytes = layers.length > 1 ? layers[1]!.sizeBytes : 0;
+    this.chain = layers.length > 2 ? new ChainMap(this.top.sizeBytes, this.top.geometry.clusterBytes) : null;
     for (const { image } of layers) {
       if (image === null) continue;
       image.onDamage = (field, problem) => this.damaged(field, problem);
@@ -159,6 +181,10 @@ export class Engine implements IoOwner {
   submit(io: BdevIo): void {
     if (this.#isFrozen) {
       this.#held.append(io);
+      return;
+    }
+    if (io.offsetBytes < this.#closedTo && this.#isShutOut(io)) {
+      this.#shutOut.append(io);
       return;
     }
     if (this.bitmaps !== null && io.type !== IoType.read && io.type !== IoType.flush) this.bitmaps.mark(io);
@@ -191,7 +217,7 @@ export class Engine implements IoOwner {
    * in the file, whoever made it.
    */
   isUnsettled({ offsetBytes }: { readonly offsetBytes: number }): boolean {
-    if (this.log !== null || this.committer === null) return false;
+    if (this.log !== null || this.committer === null || !this.answersWhenDurable) return false;
     const slot = this.top.l2.find(this.top.sliceOf(offsetBytes));
     return this.committer.isL1Dirty || (slot >= 0 && !this.top.l2.isSettled(slot));
   }
@@ -206,17 +232,48 @@ export class Engine implements IoOwner {
 
   /** Copies the range of a request up from below, where the image holds nothing. The engine is not frozen. */
   populate(io: BdevIo): void {
-    const job = this.#freeJobs.pop() ?? new RequestJob(this);
-    job.epoch = this.#epoch;
-    this.#underWay[this.#epoch]!++;
-    job.startPopulating(io);
+    this.#takeJob().start(io, JobKind.populate);
   }
 
-  /** Nothing below is needed any more. The engine is frozen. */
-  unback(): void {
-    this.layers = this.layers.slice(0, 1);
-    this.#backedBytes = 0;
-    this.chain = null;
+  /**
+   * Has the image hold nothing of the range of a request any more, whole clusters: what lies below shows there. The engine is not
+   * frozen, and nobody writes there.
+   */
+  letGo(io: BdevIo): void {
+    this.#takeJob().start(io, JobKind.letGo);
+  }
+
+  /** What the image stands on from here on: the same contents, wherever the image holds nothing. The engine is frozen. */
+  standOn(below: readonly Layer[]): void {
+    this.#compressed?.close();
+    this.#compressed = null;
+    this.#adopt([this.layers[0]!, ...below]);
+  }
+
+  /** What lies below has become longer. */
+  noteBelow(): void {
+    this.#backedBytes = this.layers[1]!.sizeBytes;
+  }
+
+  /** Waits until nobody writes to a part of the disk; who wants to waits until `reopen`. One part at a time. */
+  *closeOff(offset: number, lengthBytes: number): Task<void> {
+    this.#closedFrom = offset;
+    this.#closedTo = offset + lengthBytes;
+    // Requests that were under way before, as an epoch of their own: with nothing to be given up in its end.
+    const mark: number[] = [];
+    this.#settled.push(mark);
+    this.#settle();
+    while (this.#settled.includes(mark)) yield* sleep((sleeper) => this.#passed.add(sleeper));
+  }
+
+  reopen(): void {
+    this.#closedFrom = 0;
+    this.#closedTo = 0;
+    for (let left = this.#shutOut.length; left > 0; left--) this.submit(this.#shutOut.shift()!);
+  }
+
+  #isShutOut({ type, offsetBytes, lengthBytes }: BdevIo): boolean {
+    return type !== IoType.read && type !== IoType.flush && offsetBytes + lengthBytes > this.#closedFrom;
   }
 
   /** Waits until requests are taken. */
@@ -226,17 +283,23 @@ export class Engine implements IoOwner {
 
   /** Takes a request apart that reads the disk as it is now; also from within a change. */
   startJob(io: BdevIo): void {
+    this.#takeJob().start(io, JobKind.request);
+  }
+
+  #takeJob(): RequestJob {
     const job = this.#freeJobs.pop() ?? new RequestJob(this);
     job.epoch = this.#epoch;
     this.#underWay[this.#epoch]!++;
-    job.start(io);
+    return job;
   }
 
   endJob(job: RequestJob, io: BdevIo, errno: number): void {
+    const { hasChanged, epoch } = job;
     this.#freeJobs.push(job);
-    this.#leave(job.epoch);
+    // Who waits for this may take the job for one of its own.
+    this.#leave(epoch);
     // Without a log that outlives this process a change is answered when it is in the file.
-    if (job.hasChanged && errno === 0 && this.log === null) this.committer!.flush(io);
+    if (hasChanged && errno === 0 && this.log === null && this.answersWhenDurable) this.committer!.flush(io);
     else io.complete(statusOfErrno(errno), errno);
   }
 
@@ -460,6 +523,7 @@ export class Engine implements IoOwner {
     const end = (): void => {
       this.#isSettling = false;
       this.#settle();
+      this.#passed.wakeAll(0);
       if (!this.#isSettling) this.#idle.wakeAll(0);
     };
     // What could not be lowered is leaked, which a check finds and repairs.
@@ -519,9 +583,11 @@ export class Engine implements IoOwner {
 
   /** Waits until nothing is read ahead any more. */
   *quiet(): Task<void> {
-    while (this.#compressed !== null && this.#compressed.active > 0) {
-      yield* sleep((sleeper) => this.#compressed!.whenLess(sleeper));
-    }
+    const compressed = this.#compressed;
+    if (compressed === null) return;
+    while (compressed.active > 0) yield* sleep((sleeper) => compressed.whenLess(sleeper));
+    // It is its pool that calls here, which may be closed next.
+    yield* nextStep(this.reactor);
   }
 
   thaw(): void {

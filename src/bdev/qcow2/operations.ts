@@ -8,6 +8,7 @@ import type { Bdev, OpenBdev } from '../bdev.js';
 import { IoType } from '../bdev-io.js';
 import { Job } from '../job.js';
 import { Backup } from './backup.js';
+import type { Below } from './chain.js';
 import { TaskIo } from './channel-file.js';
 import { addBitmap, clearBitmap, removeBitmap } from './edit/bitmaps.js';
 import { changeBackingFile } from './edit/header.js';
@@ -16,10 +17,12 @@ import type { NewSnapshot } from './edit/snapshots.js';
 import type { Engine } from './engine.js';
 import type { ImageFile } from './image-file.js';
 import type { Qcow2Image } from './image.js';
+import { OverlayCommit } from './overlay-commit.js';
 import { BitmapFlag } from './tables.js';
 import type { Bitmap, Snapshot } from './tables.js';
 import { runOnReactor, startTask } from './task.js';
 import type { Task } from './task.js';
+import type { WritableBase } from './writable-base.js';
 
 /** Copied by one step of a stream: whole clusters of any size. */
 const STREAM_BYTES = 2 ** 22;
@@ -34,10 +37,24 @@ export interface LiveImage {
   readonly reactor: Reactor;
   /** Changes the image's metadata while the disk stands still. Throws BdevError. */
   readonly edit: <T>(work: (file: ImageFile) => Task<T>) => Task<T>;
+  /** Does something while no request is under way. */
+  readonly still: (work: () => void) => Task<void>;
+  /** Makes durable what was written so far. Throws BdevError. */
+  readonly flush: () => Task<void>;
+  readonly footing: Footing;
   /** Opens another bdev for writing. Throws BdevError. */
   readonly openTarget: (name: string) => OpenBdev;
   /** See BdevContext. */
   readonly jobEnded: (info: Record<string, unknown>) => void;
+}
+
+/** What an image stands on. */
+export interface Footing {
+  below: Below;
+  /** Opens it anew, to read. Throws BdevError. */
+  readonly openBelow: () => Task<Below>;
+  /** Opens it for writing. Throws BdevError. */
+  readonly openBase: () => Task<WritableBase>;
 }
 
 export class Operations {
@@ -67,11 +84,13 @@ export class Operations {
       case 'snapshots':
         return image.snapshots.map(describeSnapshot);
       case 'createSnapshot':
+        this.#refuseDuringCommit();
         return describeSnapshot(await this.#run((file) => createSnapshot(file, this.#newSnapshot(name))));
       case 'deleteSnapshot':
         await this.#run((file) => deleteSnapshot(file, name));
         return true;
       case 'applySnapshot':
+        this.#refuseDuringCommit();
         await this.#run((file) => this.#apply(file, name));
         return true;
       case 'bitmaps':
@@ -87,6 +106,8 @@ export class Operations {
         return true;
       case 'stream':
         return this.#stream(Number(params['bytesPerSecond'] ?? 0));
+      case 'commit':
+        return this.#commit(Number(params['bytesPerSecond'] ?? 0));
       case 'backup':
         return this.#backup(textOf(params['target']), name, Number(params['bytesPerSecond'] ?? 0));
       case 'job':
@@ -136,11 +157,39 @@ export class Operations {
 
   /** Copies all that shows through from below into the image, then lets go of what is below. */
   #stream(bytesPerSecond: number): Record<string, unknown> {
-    const { bdev, engine, image } = this.#live;
-    if (engine.layers.length < 2) {
-      throw new BdevError('no-backing', 'name', `${bdev.name} has nothing below it`, 'there is nothing to be done');
+    this.#checkBacked();
+    return this.#start('stream', this.#live.image.sizeBytes, bytesPerSecond, (job) => this.#streamAll(job));
+  }
+
+  /** Throws BdevError when nothing lies below. */
+  #checkBacked(): void {
+    const { bdev, engine } = this.#live;
+    if (engine.layers.length > 1) return;
+    throw new BdevError('no-backing', 'name', `${bdev.name} has nothing below it`, 'there is nothing to be done');
+  }
+
+  /** Copies what the image holds into what lies directly below, and lets go of it. */
+  #commit(bytesPerSecond: number): Record<string, unknown> {
+    const { bdev, image } = this.#live;
+    this.#checkBacked();
+    if (image.snapshots.length > 0) {
+      const names = image.snapshots.map(({ name }) => name).join(', ');
+      throw new BdevError(
+        'has-snapshots',
+        'name',
+        `${bdev.name} has snapshots (${names}), in which the base shows, too, as it is now`,
+        'delete them, or stream what is below into the image instead',
+      );
     }
-    return this.#start('stream', image.sizeBytes, bytesPerSecond, (job) => this.#streamAll(job));
+    const commit = new OverlayCommit(this.#live);
+    return this.#start('commit', image.sizeBytes, bytesPerSecond, (job) => commit.run(job));
+  }
+
+  /** A snapshot shows the base, which must not change then. Throws BdevError. */
+  #refuseDuringCommit(): void {
+    const job = this.#job;
+    if (job?.isRunning !== true || job.type !== 'commit') return;
+    throw new BdevError('busy', 'name', `${this.#live.bdev.name} is being committed`, 'wait for it, or cancel it');
   }
 
   *#streamAll(job: Job): Task<void> {
@@ -157,7 +206,7 @@ export class Operations {
     yield* engine.thawed();
     yield* edit(function* (file) {
       yield* changeBackingFile(file, null, null);
-      engine.unback();
+      engine.standOn([]);
     });
   }
 
@@ -192,11 +241,15 @@ export class Operations {
       throw new BdevError('read-only', 'name', `${bdev.name} is not written to`, 'open it for writing');
     const job = new Job(type, totalBytes, reactor, bytesPerSecond);
     this.#job = job;
+    let refusal: { readonly error: unknown } | null = null;
     const end = (error: unknown): void => {
       job.end(error);
+      if (error !== null) refusal = { error };
       this.#live.jobEnded(job.describe());
     };
     startTask(work(job), () => end(null), end);
+    // What is plain before it has waited for anything is told at once.
+    if (refusal !== null) throw (refusal as { readonly error: unknown }).error;
     return job.describe();
   }
 

@@ -33,6 +33,17 @@ const ZEROES_WRITTEN_MAX = 64 * 1024;
 const CLEARED_MAX = 1024;
 const DOUBLE = 0.5;
 
+/** What is done with the range of a request. */
+export const JobKind = {
+  /** What its type says. */
+  request: 0,
+  /** What lies below is copied up into the image, where it holds nothing. The range begins at a cluster. */
+  populate: 1,
+  /** Its clusters are given up, as if the image had never held them. */
+  letGo: 2,
+} as const;
+export type JobKind = (typeof JobKind)[keyof typeof JobKind];
+
 /** One transfer of a job. */
 export class Piece implements IoOwner {
   readonly io = new BdevIo(16);
@@ -71,20 +82,15 @@ export class RequestJob extends Sleeper {
   #errno = 0;
   #isSleeping = false;
   #isAdvancing = false;
-  #isPopulating = false;
+  #kind: JobKind = JobKind.request;
 
   constructor(engine: Engine) {
     super();
     this.#engine = engine;
   }
 
-  /** Instead of `start`: copies what lies below up into the image, where it holds nothing. The range begins at a cluster. */
-  startPopulating(io: BdevIo): void {
-    this.#isPopulating = true;
-    this.start(io);
-  }
-
-  start(io: BdevIo): void {
+  start(io: BdevIo, kind: JobKind): void {
+    this.#kind = kind;
     this.#io = io;
     this.#position = io.offsetBytes;
     this.#end = io.offsetBytes + io.lengthBytes;
@@ -113,7 +119,8 @@ export class RequestJob extends Sleeper {
     while (!this.#isSleeping && this.#errno === 0 && this.#position < this.#end && this.#outstanding < PIECES_MAX) {
       if (type === IoType.read) this.#read();
       else if (this.#engine.isReadOnly) this.#errno = EROFS;
-      else if (this.#isPopulating) this.#populate();
+      else if (this.#kind === JobKind.populate) this.#populate();
+      else if (this.#kind === JobKind.letGo) this.#letGo();
       else if (type === IoType.write) this.#write(this.#end);
       else this.#clear();
     }
@@ -122,7 +129,6 @@ export class RequestJob extends Sleeper {
     if (this.#errno === 0 && this.#position < this.#end) return;
     const io = this.#io!;
     this.#io = null;
-    this.#isPopulating = false;
     this.#engine.endJob(this, io, this.#errno);
   }
 
@@ -260,6 +266,47 @@ export class RequestJob extends Sleeper {
     }
   }
 
+  /** Drops what the image holds of the next clusters. */
+  #letGo(): void {
+    const engine = this.#engine;
+    const { top, extent } = engine;
+    const { geometry } = top;
+    const { clusterBytes, clustersPerSlice, entryWords } = geometry;
+    extent.offsetBytes = this.#position;
+    extent.wantedBytes = this.#end - this.#position;
+    if (!top.find(extent)) {
+      this.#isSleeping = true;
+      top.loadSlice(this.#position, this);
+      return;
+    }
+    if (extent.kind === Mapped.unallocated && extent.hostCluster < 0) {
+      this.#position += extent.lengthBytes;
+      return;
+    }
+    if (this.#isTableMissing()) return;
+    const first = Math.floor(this.#position / clusterBytes);
+    const index = first % clustersPerSlice;
+    const wanted = Math.min(Math.ceil(this.#end / clusterBytes) - first, clustersPerSlice - index, CLEARED_MAX);
+    const count = this.#unclaimed(first, wanted);
+    if (count === 0) return;
+    if (engine.isLogFull(count, this)) {
+      this.#isSleeping = true;
+      return;
+    }
+    const slot = top.l2.find(top.sliceOf(this.#position));
+    const { words } = top.l2;
+    this.hasChanged = true;
+    for (let i = 0; i < count; i++) {
+      const at = top.l2.wordsOf(slot) + (index + i) * entryWords;
+      readHosts(geometry, words, at, engine.dropped);
+      for (let word = 0; word < entryWords; word++) words[at + word] = 0;
+      this.#log(first + i, at);
+    }
+    top.l2.markDirty(slot);
+    this.#position = Math.min(this.#end, (first + count) * clusterBytes);
+    engine.noteChange();
+  }
+
   #change(end: number): void {
     const engine = this.#engine;
     const { top, extent } = engine;
@@ -304,8 +351,9 @@ export class RequestJob extends Sleeper {
   #startChange(length: number, first: number, count: number, host: number, isNew: boolean, isZeroed: boolean): void {
     this.hasChanged = true;
     const change = this.#engine.takeChange();
-    change.prepare(this, this.#position, this.#isPopulating ? 0 : length);
-    if (!this.#isPopulating) this.#takeData(change.source, length);
+    const isPopulating = this.#kind === JobKind.populate;
+    change.prepare(this, this.#position, isPopulating ? 0 : length);
+    if (!isPopulating) this.#takeData(change.source, length);
     this.#position += length;
     this.#outstanding++;
     change.begin(first, count, host, isNew, isZeroed);

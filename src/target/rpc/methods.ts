@@ -119,6 +119,14 @@ export const METHODS: readonly RpcMethod[] = [
       daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, 'stream', { bytesPerSecond }),
   }),
   method({
+    name: 'bdev_qcow2_commit',
+    summary:
+      'moves what a qcow2 overlay holds into the image directly below it, which nobody else may use meanwhile: a job, at most `bytes_per_second`',
+    params: z.strictObject({ name, bytes_per_second: size.optional() }),
+    call: (daemon, { name: bdev, bytes_per_second: bytesPerSecond = 0 }) =>
+      daemon.operate(pick(daemon.bdevs, bdev, 'bdev')[0]!, 'commit', { bytesPerSecond }),
+  }),
+  method({
     name: 'bdev_qcow2_backup',
     summary:
       'copies a qcow2 disk as it is now to the bdev `target`, or what was written since the last time, by `bitmap`: a job',
