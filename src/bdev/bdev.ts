@@ -130,6 +130,8 @@ export interface BdevContext {
   readonly reactor: Reactor;
   /** Finds a bdev that was created before. Throws a BdevError naming `field` when there is none. */
   base(name: string, field: string): Bdev;
+  /** Finds a bdev, whoever writes to it: for what that one knows beside its data. Throws a BdevError naming `field` when there is none. */
+  find(name: string, field: string): Bdev;
   /** Opens the core's channel over a base on the reactor: what a filter's `openChannel` calls. */
   open(base: Bdev): IoChannel;
   /** Makes a bdev that nobody else knows, as for a file that is found out only by opening another; its owner destroys it. Throws BdevError. */

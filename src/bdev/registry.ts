@@ -203,6 +203,7 @@ export class BdevRegistry {
         this.#checkUnclaimed(entry, owner, field);
         return entry.bdev;
       },
+      find: (name, field) => this.#entry(name, field).bdev,
       open: (base) => new BdevChannel(base, this.#reactor, this.#entries.get(base.name)?.stats ?? new IoStats()),
       openTarget: (name, writer) => this.open(name, writer, 'target'),
       jobEnded: (info) => this.#onJobEnd(owner, info),

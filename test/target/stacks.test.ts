@@ -26,6 +26,18 @@ const qos = (base: string, name: string, group: string | null): AnyBdevConfig =>
   totalBytesPerSecond: 0,
   burstSeconds: 1,
 });
+const QCOW2_DEFAULTS = {
+  module: 'qcow2',
+  backing: null,
+  dataFile: null,
+  imageDir: null,
+  keyFile: null,
+  readOnly: false,
+  l2CacheBytes: 2 ** 20,
+  restartDir: null,
+  clusterCacheBytes: 2 ** 20,
+  codecThreads: 0,
+} as const;
 const shows = (bdev: string, reactor: string | null = null): ControllerConfig => ({
   name: `c-${bdev}`,
   bdev,
@@ -149,6 +161,22 @@ describe('checkReferences', () => {
     expect(problemsOf(config(1, [{ ...file, readOnly: false }], two))).toMatch(
       /written by controller c-golden already/,
     );
+  });
+
+  it('lets the snapshot of a disk be read beside it, and not that of a file that is written', () => {
+    const image = (name: string, base: string, snapshot: string | null): AnyBdevConfig => ({
+      ...QCOW2_DEFAULTS,
+      name,
+      base,
+      snapshot,
+    });
+    const bdevs = [leaf('file'), image('vm1', 'file', null), image('then', 'vm1', 'monday')];
+    const both = [shows('vm1'), shows('then')];
+    expect(problemsOf(config(1, bdevs, both))).toBe('');
+    expect(placed(config(2, bdevs, both))['r0']!.bdevs).toEqual(['file', 'vm1', 'then']);
+    const beside = [...bdevs.slice(0, 2), image('then', 'file', 'monday')];
+    expect(problemsOf(config(1, beside, both))).toMatch(/file is written by bdev vm1 already/);
+    expect(problemsOf(config(1, [leaf('file'), image('a', 'file', '1'), image('b', 'file', '2')], []))).toBe('');
   });
 
   it('names each circle once, and what leads into it not at all', () => {

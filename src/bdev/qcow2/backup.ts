@@ -15,14 +15,12 @@ import { BitmapBits } from './edit/bitmap-bits.js';
 import { clearBitmap } from './edit/bitmaps.js';
 import { createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
 import type { NewSnapshot } from './edit/snapshots.js';
-import { Engine } from './engine.js';
-import { Qcow2Image } from './image.js';
 import type { LiveImage } from './operations.js';
+import { SnapshotReader } from './snapshot-reader.js';
 import type { Task } from './task.js';
 
 const STEP_BYTES = 2 ** 20;
-const L2_CACHE_BYTES = 2 ** 22;
-const CLUSTER_CACHE_BYTES = 2 ** 22;
+const READER_MEMORY = { l2CacheBytes: 2 ** 22, clusterCacheBytes: 2 ** 22 };
 
 export class Backup {
   /** Name of the snapshot that keeps the moment. */
@@ -77,24 +75,14 @@ export class Backup {
   }
 
   *#copy(job: Job, ranges: BitmapBits | null): Task<void> {
-    const { image, engine, reactor, bdev } = this.#live;
-    const { l1Offset, l1Entries, sizeBytes } = findSnapshot(image.snapshots, this.snapshot);
-    // As an image of its own that holds nothing else.
-    const header = { ...image.header, l1Offset, l1Entries, sizeBytes, snapshotCount: 0, bitmaps: null };
-    const { bdev: base, channel } = image.file;
-    const kept = new Qcow2Image(header, { reactor, base, channel, l2CacheBytes: L2_CACHE_BYTES });
-    const reader = new Engine({
-      reactor,
-      layers: [{ ...engine.layers[0]!, image: kept, sizeBytes }, ...engine.layers.slice(1)],
-      onDamage: (field, problem) => engine.damaged(field, problem),
-      clusterCacheBytes: CLUSTER_CACHE_BYTES,
-      codecThreads: engine.codecThreads,
-    });
+    const { image, reactor, bdev } = this.#live;
+    const snapshot = findSnapshot(image.snapshots, this.snapshot);
+    const { sizeBytes } = snapshot;
+    const reader = yield* SnapshotReader.open(this.#live, snapshot, READER_MEMORY);
     const buffer = reactor.arena.allocate(STEP_BYTES);
-    const read = new TaskIo({ submit: (io) => reader.submit(io), close: () => undefined }, bdev);
+    const read = new TaskIo({ submit: (io) => reader.engine.submit(io), close: () => undefined }, bdev);
     const write = new TaskIo(this.#target.channel, this.#target.bdev);
     try {
-      yield* kept.load();
       let last = 0;
       for (const range of ranges?.ranges() ?? [{ offset: 0, lengthBytes: sizeBytes }]) {
         const end = range.offset + range.lengthBytes;
@@ -116,9 +104,7 @@ export class Backup {
       yield* write.run();
       job.doneBytes = job.totalBytes;
     } finally {
-      yield* reader.freeze();
-      reader.release();
-      kept.release();
+      yield* reader.close();
       reactor.arena.release(buffer);
     }
   }

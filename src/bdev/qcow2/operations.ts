@@ -61,6 +61,8 @@ export class Operations {
   readonly #live: LiveImage;
   /** The last one. */
   #job: Job | null = null;
+  /** Ids of snapshots that somebody reads. */
+  readonly #read: string[] = [];
 
   constructor(live: LiveImage) {
     this.#live = live;
@@ -84,13 +86,14 @@ export class Operations {
       case 'snapshots':
         return image.snapshots.map(describeSnapshot);
       case 'createSnapshot':
-        this.#refuseDuringCommit();
+        this.#checkBelowStays();
         return describeSnapshot(await this.#run((file) => createSnapshot(file, this.#newSnapshot(name))));
       case 'deleteSnapshot':
+        this.#checkUnread(name);
         await this.#run((file) => deleteSnapshot(file, name));
         return true;
       case 'applySnapshot':
-        this.#refuseDuringCommit();
+        this.#checkBelowStays();
         await this.#run((file) => this.#apply(file, name));
         return true;
       case 'bitmaps':
@@ -123,6 +126,19 @@ export class Operations {
           'see docs/qcow2.md',
         );
     }
+  }
+
+  /** Keeps a snapshot that is read from being deleted. Returns what ends that. */
+  keepSnapshot({ id }: Snapshot): () => void {
+    this.#read.push(id);
+    return () => void this.#read.splice(this.#read.indexOf(id), 1);
+  }
+
+  /** Throws BdevError. */
+  #checkUnread(idOrName: string): void {
+    const { id, name } = findSnapshot(this.#live.image.snapshots, idOrName);
+    if (!this.#read.includes(id)) return;
+    throw new BdevError('in-use', 'snapshot', `the snapshot ${name} is served as a disk`, 'remove that disk first');
   }
 
   #newSnapshot(name: string): NewSnapshot {
@@ -158,38 +174,8 @@ export class Operations {
   /** Copies all that shows through from below into the image, then lets go of what is below. */
   #stream(bytesPerSecond: number): Record<string, unknown> {
     this.#checkBacked();
+    this.#checkNoSnapshots();
     return this.#start('stream', this.#live.image.sizeBytes, bytesPerSecond, (job) => this.#streamAll(job));
-  }
-
-  /** Throws BdevError when nothing lies below. */
-  #checkBacked(): void {
-    const { bdev, engine } = this.#live;
-    if (engine.layers.length > 1) return;
-    throw new BdevError('no-backing', 'name', `${bdev.name} has nothing below it`, 'there is nothing to be done');
-  }
-
-  /** Copies what the image holds into what lies directly below, and lets go of it. */
-  #commit(bytesPerSecond: number): Record<string, unknown> {
-    const { bdev, image } = this.#live;
-    this.#checkBacked();
-    if (image.snapshots.length > 0) {
-      const names = image.snapshots.map(({ name }) => name).join(', ');
-      throw new BdevError(
-        'has-snapshots',
-        'name',
-        `${bdev.name} has snapshots (${names}), in which the base shows, too, as it is now`,
-        'delete them, or stream what is below into the image instead',
-      );
-    }
-    const commit = new OverlayCommit(this.#live);
-    return this.#start('commit', image.sizeBytes, bytesPerSecond, (job) => commit.run(job));
-  }
-
-  /** A snapshot shows the base, which must not change then. Throws BdevError. */
-  #refuseDuringCommit(): void {
-    const job = this.#job;
-    if (job?.isRunning !== true || job.type !== 'commit') return;
-    throw new BdevError('busy', 'name', `${this.#live.bdev.name} is being committed`, 'wait for it, or cancel it');
   }
 
   *#streamAll(job: Job): Task<void> {
@@ -204,10 +190,49 @@ export class Operations {
       yield* job.advance(lengthBytes);
     }
     yield* engine.thawed();
+    // One may have been on its way as this began.
+    this.#checkNoSnapshots();
     yield* edit(function* (file) {
       yield* changeBackingFile(file, null, null);
       engine.standOn([]);
     });
+  }
+
+  /** Throws BdevError when nothing lies below. */
+  #checkBacked(): void {
+    const { bdev, engine } = this.#live;
+    if (engine.layers.length > 1) return;
+    throw new BdevError('no-backing', 'name', `${bdev.name} has nothing below it`, 'there is nothing to be done');
+  }
+
+  /** Copies what the image holds into what lies directly below, and lets go of it. */
+  #commit(bytesPerSecond: number): Record<string, unknown> {
+    this.#checkBacked();
+    this.#checkNoSnapshots();
+    const commit = new OverlayCommit(this.#live);
+    return this.#start('commit', this.#live.image.sizeBytes, bytesPerSecond, (job) =>
+      commit.run(job, () => this.#checkNoSnapshots()),
+    );
+  }
+
+  /** A snapshot shows what lies below, too: it has to stay there as it is. Throws BdevError. */
+  #checkNoSnapshots(): void {
+    const { bdev, image } = this.#live;
+    if (image.snapshots.length === 0) return;
+    const names = image.snapshots.map(({ name }) => name).join(', ');
+    throw new BdevError(
+      'has-snapshots',
+      'name',
+      `${bdev.name} has snapshots (${names}), which show what lies below as it is now`,
+      'delete them first',
+    );
+  }
+
+  /** Throws BdevError while a job changes what lies below. */
+  #checkBelowStays(): void {
+    const job = this.#job;
+    if (job?.isRunning !== true || job.type === 'backup') return;
+    throw new BdevError('busy', 'name', `${this.#live.bdev.name} has a job: ${job.type}`, 'wait for it, or cancel it');
   }
 
   /** Copies the disk as it is now to another bdev; with a bitmap only what that has, which is clean then. */
@@ -273,7 +298,8 @@ function granularityOf({ granularity }: Params): { granularityBits?: number } {
   throw new BdevError('bad-granularity', 'granularity', 'the granularity is no power of two', 'use 65536, for example');
 }
 
-function describeSnapshot({
+/** A snapshot in an operator's words. */
+export function describeSnapshot({
   id,
   name,
   seconds,

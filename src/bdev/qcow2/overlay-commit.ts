@@ -39,8 +39,8 @@ export class OverlayCommit {
     this.#drop = new TaskIo({ submit: (io) => engine.letGo(io), close: () => undefined }, bdev);
   }
 
-  /** Throws BdevError. */
-  *run(job: Job): Task<void> {
+  /** @param check throws when the overlay is not to be committed, once no edit of it is under way. Throws BdevError */
+  *run(job: Job, check: () => void): Task<void> {
     const { reactor, footing, bdev } = this.#live;
     const base = yield* footing.openBase();
     const unpin = bdev.size.pin(`${bdev.name} is committed`);
@@ -49,6 +49,7 @@ export class OverlayCommit {
     // What went wrong first is what is told.
     let failure: { readonly error: unknown } | null = null;
     try {
+      check();
       yield* base.begin(job.totalBytes);
       this.#live.engine.noteBelow();
       yield* this.#commitAll(job, base);

@@ -11,6 +11,7 @@ import type { ChainOptions } from './chain.js';
 import { ChannelFile } from './channel-file.js';
 import { shareCodecPool } from './codec/thread-codec-pool.js';
 import { CryptChannel } from './crypt-channel.js';
+import { findSnapshot } from './edit/snapshots.js';
 import { resizeImage } from './edit/resize.js';
 import type { ResizeOptions } from './edit/resize.js';
 import type { Engine, Layer } from './engine.js';
@@ -25,6 +26,10 @@ import type { DiskKey } from './luks/unlock.js';
 import { Operations } from './operations.js';
 import type { Footing, Params } from './operations.js';
 import { ServedImage } from './served-image.js';
+import { newSnapshotBdev, servedSource } from './snapshot-bdev.js';
+import type { KeptSnapshot, SnapshotSource } from './snapshot-bdev.js';
+import { SnapshotReader } from './snapshot-reader.js';
+import type { ReaderMemory } from './snapshot-reader.js';
 import { completeTask, runOnReactor } from './task.js';
 import type { Task } from './task.js';
 import { openBaseFile, openNamedBase } from './writable-base.js';
@@ -44,6 +49,8 @@ export interface Qcow2Config extends BdevConfig {
   readonly keyFile: string | null;
   /** Its key, when it was worked out before: taken over, and wiped. */
   readonly unlocked?: DiskKey | null;
+  /** Id or name of a snapshot, which is shown instead of the disk; then `base` may also be the qcow2 bdev that serves the image. */
+  readonly snapshot?: string | null;
   readonly readOnly: boolean;
   /** Most memory for the cache of L2 tables. */
   readonly l2CacheBytes: number;
@@ -74,7 +81,7 @@ class Qcow2Channel implements IoChannel {
   }
 }
 
-class Qcow2Bdev implements Bdev {
+class Qcow2Bdev implements SnapshotSource {
   readonly name: string;
   readonly uuid: string;
   readonly moduleName = 'qcow2';
@@ -112,7 +119,7 @@ class Qcow2Bdev implements Bdev {
     this.readOnly = config.readOnly || base.readOnly;
     this.blockSizeBytes = base.blockSizeBytes;
     this.bases = [base, dataFile, backing].filter((bdev) => bdev !== null);
-    this.readBases = backing === null ? [] : [backing];
+    this.readBases = this.readOnly ? this.bases : backing === null ? [] : [backing];
     const channel = this.#openChannel(context, base);
     const file = new ChannelFile(base, channel, reactor);
     let unlocked: DiskKey | null = config.unlocked ?? null;
@@ -190,6 +197,14 @@ class Qcow2Bdev implements Bdev {
 
   openChannel(_reactor: Reactor): IoChannel {
     return new Qcow2Channel(this.#engine);
+  }
+
+  *openSnapshot(idOrName: string, memory: ReaderMemory): Task<KeptSnapshot> {
+    const image = this.#image;
+    const snapshot = findSnapshot(image.snapshots, idOrName);
+    const holder = { image, engine: this.#engine, reactor: this.#reactor };
+    const reader = yield* SnapshotReader.open(holder, snapshot, memory);
+    return { reader, release: this.#operations.keepSnapshot(snapshot) };
   }
 
   async operate(operation: string, params: Params): Promise<unknown> {
@@ -352,7 +367,7 @@ class Qcow2Bdev implements Bdev {
 
 /** Works out the key of an encrypted image, which takes seconds, on threads. Rejects with BdevError. */
 async function prepareQcow2(config: Qcow2Config, context: BdevContext): Promise<Qcow2Config> {
-  if (config.keyFile === null) return config;
+  if (config.keyFile === null || servedSource(config, context) !== null) return config;
   const { reactor } = context;
   const base = context.base(config.base, 'base');
   const channel = context.open(base);
@@ -370,5 +385,8 @@ async function prepareQcow2(config: Qcow2Config, context: BdevContext): Promise<
 export const qcow2Module: BdevModule<Qcow2Config> = {
   name: 'qcow2',
   prepare: prepareQcow2,
-  create: (config, context) => new Qcow2Bdev(config, context),
+  create: (config, context) => {
+    const open = (whole: Qcow2Config): Qcow2Bdev => new Qcow2Bdev(whole, context);
+    return (config.snapshot ?? null) === null ? open(config) : newSnapshotBdev(config, context, open);
+  },
 };

@@ -106,6 +106,11 @@ export interface BaseReference {
   readonly isRead: boolean;
 }
 
+/** Whether a bdev shows a snapshot, and so is only read. */
+export function isSnapshot(bdev: AnyBdevConfig): boolean {
+  return bdev.module === 'qcow2' && (bdev.snapshot ?? null) !== null;
+}
+
 /** The bdevs directly below one, none for a leaf. */
 export function basesOf(bdev: AnyBdevConfig): BaseReference[] {
   switch (bdev.module) {
@@ -115,9 +120,10 @@ export function basesOf(bdev: AnyBdevConfig): BaseReference[] {
       return [];
     case 'qcow2': {
       const { base, backing, dataFile } = bdev;
+      const isRead = bdev.readOnly || isSnapshot(bdev);
       return [
-        { name: base, field: 'base', isRead: bdev.readOnly },
-        ...(dataFile === null ? [] : [{ name: dataFile, field: 'data_file', isRead: bdev.readOnly } as const]),
+        { name: base, field: 'base', isRead },
+        ...(dataFile === null ? [] : [{ name: dataFile, field: 'data_file', isRead } as const]),
         ...(backing === null ? [] : [{ name: backing, field: 'backing', isRead: true } as const]),
       ];
     }

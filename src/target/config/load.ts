@@ -142,6 +142,7 @@ function toBdevConfig(bdev: FileBdev, folder: string): AnyBdevConfig {
         dataFile: bdev.data_file,
         imageDir: bdev.image_dir === null ? null : resolve(folder, bdev.image_dir),
         keyFile: bdev.key_file === null ? null : resolve(folder, bdev.key_file),
+        snapshot: bdev.snapshot,
         readOnly: bdev.read_only,
         l2CacheBytes: bdev.l2_cache,
         clusterCacheBytes: bdev.cluster_cache,

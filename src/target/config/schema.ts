@@ -48,6 +48,8 @@ export function parsed<T>(parse: (input: unknown) => Parsed<T>) {
   });
 }
 
+/** Characters of an id or name in an image, at most: its length there has 16 bits. */
+const SNAPSHOT_NAME_MAX = 65535;
 const nameOf = z.string().refine((text) => /^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$/.test(text), {
   message: 'is not a name',
   params: { remedy: 'use 1 to 64 letters, digits, dots, dashes and underscores, a letter or digit first' },
@@ -140,6 +142,7 @@ const bdev = z.discriminatedUnion('module', [
     data_file: nameOf.nullable().default(null),
     image_dir: path.nullable().default(null),
     key_file: path.nullable().default(null),
+    snapshot: z.string().min(1).max(SNAPSHOT_NAME_MAX).nullable().default(null),
     read_only: z.boolean().default(false),
     l2_cache: size.default(DEFAULT_L2_CACHE_BYTES),
     restart_dir: path.nullable().default(DEFAULT_RESTART_DIR),

@@ -8,7 +8,7 @@
  * - Within a reactor bdevs come after their bases.
  */
 import type { AnyBdevConfig, ControllerConfig, DaemonConfig, ReactorConfig } from './config.js';
-import { basesOf } from './config.js';
+import { basesOf, isSnapshot } from './config.js';
 import { formatPath } from './problem.js';
 import type { FieldPath, Problems } from './problem.js';
 import { DEFAULT_POLL_US } from './schema.js';
@@ -178,7 +178,12 @@ function checkWriters(config: DaemonConfig, problems: Problems): void {
     }
   };
   config.bdevs.forEach((bdev, i) => {
-    for (const { name, field, isRead } of basesOf(bdev)) claim(name, `bdev ${bdev.name}`, isRead, ['bdevs', i, field]);
+    for (const { name, field, isRead } of basesOf(bdev)) {
+      // The snapshot of an image that is served does not change, whoever writes to the disk.
+      const base = config.bdevs.find((candidate) => candidate.name === name);
+      if (isSnapshot(bdev) && field === 'base' && base?.module === 'qcow2') continue;
+      claim(name, `bdev ${bdev.name}`, isRead, ['bdevs', i, field]);
+    }
   });
   config.controllers.forEach((controller, i) => {
     if (!controller.readOnly)
@@ -192,6 +197,7 @@ function isReadOnly(name: string, bdevs: readonly AnyBdevConfig[]): boolean {
   // A circle is longer than its bdevs.
   for (let depth = 0; depth < bdevs.length && bdev !== undefined; depth++) {
     if ((bdev.module === 'uring' || bdev.module === 'qcow2') && bdev.readOnly) return true;
+    if (isSnapshot(bdev)) return true;
     const below = basesOf(bdev).find(({ field }) => field === 'base')?.name;
     bdev = bdevs.find((candidate) => candidate.name === below);
   }

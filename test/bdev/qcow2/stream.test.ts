@@ -104,6 +104,19 @@ describe('A stream', () => {
     expect(qemu.check('top').status).toBe(0);
   });
 
+  it('is refused when the image has snapshots, which show what lies below', async () => {
+    makeChain('cluster_size=64k');
+    qemu.run('snapshot', '-c', 'then', 'top');
+    const disk = open();
+    await expect(disk.open.bdev.operate!('stream', {})).rejects.toMatchObject({ code: 'has-snapshots' });
+    disk.close();
+    qemu.run('snapshot', '-d', 'then', 'top');
+    const again = open();
+    await again.open.bdev.operate!('stream', { bytesPerSecond: 1 });
+    await expect(again.open.bdev.operate!('createSnapshot', { snapshot: 'now' })).rejects.toThrow(/stream/);
+    again.close();
+  });
+
   it('does not keep a disk from being closed', async () => {
     makeChain('cluster_size=64k');
     const disk = open();

@@ -17,6 +17,9 @@ import { ImageEdit, assertNoExternalData, loadL1, loadSnapshots } from './image-
 import { countReferences, settleCopied } from './l2-tables.js';
 
 const NAME_BYTES_MAX = 65535;
+/** Snapshots that an error names, and characters of each name. */
+const NAMED_MAX = 20;
+const SHOWN_MAX = 80;
 const ICOUNT_NONE = 0xffffffffffffffffn;
 
 export interface NewSnapshot {
@@ -118,8 +121,13 @@ export function findSnapshot(snapshots: readonly Snapshot[], idOrName: string): 
     'no-such-snapshot',
     '',
     `the image has no snapshot ${JSON.stringify(idOrName)}`,
-    'list its snapshots: they are known by id or by name',
+    snapshots.length === 0 ? 'it has none at all' : `by id or by name it has ${namesOf(snapshots)}`,
   );
+}
+
+function namesOf(snapshots: readonly Snapshot[]): string {
+  const names = snapshots.slice(0, NAMED_MAX).map(({ id, name }) => `${id} (${name.slice(0, SHOWN_MAX)})`);
+  return [...names, ...(snapshots.length > NAMED_MAX ? ['others'] : [])].join(', ');
 }
 
 function* commitSnapshots(edit: ImageEdit, active: Buffer, snapshots: readonly Snapshot[]): Task<void> {
