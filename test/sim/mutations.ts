@@ -24,6 +24,7 @@ const CHANNEL = 'src/bdev/bdev-channel.ts';
 const SPLIT = 'src/bdev/split-job.ts';
 const URING = 'src/bdev/uring/uring.ts';
 const QCOW2 = 'src/bdev/qcow2';
+const MIRROR = 'src/bdev/mirror';
 const COMMIT = `${QCOW2}/commit.ts`;
 const CHANGE = `${QCOW2}/change.ts`;
 
@@ -452,5 +453,44 @@ export const MUTATIONS: readonly Mutation[] = [
     short: true,
     file: `${QCOW2}/served-image.ts`,
     edits: [['image.l2.clear();\n', '']],
+  },
+  {
+    name: 'mirror: a write does not wait while its chunk is copied',
+    file: `${MIRROR}/mirror-channel.ts`,
+    edits: [
+      ['if (this.#lockedSlot >= 0 && (this.#lockedSlot -', 'if (this.#lockedSlot >= SLOTS && (this.#lockedSlot -'],
+    ],
+  },
+  {
+    name: 'mirror: a chunk is copied while it is written to',
+    file: `${MIRROR}/mirror-channel.ts`,
+    edits: [['(this.#lockedSlot >= 0 && this.#changes[this.#lockedSlot]! > 0)', 'false']],
+  },
+  {
+    name: 'mirror: a discard is not copied',
+    file: `${MIRROR}/mirror-channel.ts`,
+    edits: [
+      ['if (io.type === IoType.discard && this.usesTarget) this.#soil(', 'if (io.type === IoType.reset) this.#soil('],
+    ],
+  },
+  {
+    name: 'mirror: a write goes to the source alone',
+    file: `${MIRROR}/both-legs.ts`,
+    edits: [['const toTarget = this.#channel.usesTarget && !isLingering;', 'const toTarget = false;']],
+  },
+  {
+    name: 'mirror: the disk is moved while requests are under way',
+    file: `${MIRROR}/mirror.ts`,
+    edits: [
+      [
+        '    return this.isActive && isCopied && this.#channel.isQuiet &&',
+        '    if (isCopied) return true;\n    return this.isActive && isCopied && this.#channel.isQuiet &&',
+      ],
+    ],
+  },
+  {
+    name: 'mirror: the target is not flushed before the disk is moved',
+    file: `${MIRROR}/mirror.ts`,
+    edits: [['if (this.#isStill()) yield* this.#flushTarget(isTooLong);', '']],
   },
 ];

@@ -50,13 +50,25 @@ export type Action = {
   | { readonly kind: 'control'; readonly control: Control; readonly queue: number }
   /** An operator's, of the image: see Bdev.operate. */
   | { readonly kind: 'edit'; readonly operation: string; readonly params: Readonly<Record<string, string>> }
+  /** An operator's, of the other disk there is. */
+  | { readonly kind: 'mirror'; readonly step: MirrorStep }
 );
+
+export type MirrorStep = 'start' | 'pivot' | 'cancel';
+
+/** Another disk beside the guest's, to which that may be moved, and back. */
+export interface SimMirror {
+  readonly filters: readonly Filter[];
+  readonly mayFail: boolean;
+  readonly chunkBytes: number;
+}
 
 export interface Setup {
   readonly leaf: 'uring' | 'malloc';
   readonly filters: readonly Filter[];
   /** The disk holds an image of these, or is the guest's as it is. */
   readonly image: SimImage | null;
+  readonly mirror: SimMirror | null;
   /** In words. */
   readonly stack: string;
   /** The stack itself fails requests. */
@@ -136,7 +148,24 @@ export function makePlan(seed: number): Plan {
     }
   }
   const isEdited = setup.image !== null && !setup.mayFail && randomFor(seed, 'edits').below(2) === 0;
-  return { seed, setup, actions: isEdited ? withEdits(actions, randomFor(seed, 'edit')) : actions };
+  const edited = isEdited ? withEdits(actions, randomFor(seed, 'edit')) : actions;
+  return { seed, setup, actions: setup.mirror === null ? edited : withMirrors(edited, randomFor(seed, 'mirrors')) };
+}
+
+/** Mirrors that are started, pivoted and cancelled at any moment: what cannot be then is refused. */
+function withMirrors(planned: readonly Action[], random: SeededRandom): Action[] {
+  const actions = [...planned];
+  const insert = (at: number, step: MirrorStep): void => {
+    actions.splice(at, 0, { pauseUs: random.next() * 50, seed: 0, kind: 'mirror', step });
+  };
+  for (let at = random.below(10); at < actions.length; at += 1 + random.below(60)) {
+    insert(at, 'start');
+    for (let tries = 1 + random.below(4); tries > 0; tries--) {
+      at = Math.min(actions.length, at + 1 + random.below(30));
+      insert(at, random.below(6) === 0 ? 'cancel' : 'pivot');
+    }
+  }
+  return actions;
 }
 
 /** Snapshots and bitmaps at any moment, on a disk without faults: an edit that fails by one would leave the image unwritable. */
@@ -197,14 +226,16 @@ function makeSetup(random: SeededRandom, seed: number): Setup {
   const names = chosen.map(({ name }) => name);
   const image = leaf === 'uring' ? chooseImage(randomFor(seed, 'image'), blockSectors, names) : null;
   if (image !== null) names.splice(image.at, 0, image.name);
+  const mirror = leaf === 'uring' ? chooseMirror(randomFor(seed, 'mirror'), blockSectors) : null;
   const some = (features: readonly number[]): number[] => features.filter(() => random.below(3) === 0);
   const queues = 1 + random.below(3);
   return {
     leaf,
     filters: chosen.map(({ filter }) => filter),
     image,
-    stack: [...names.reverse(), leaf].join(' over '),
-    mayFail: chosen.some(({ name }) => name === 'error'),
+    mirror,
+    stack: [...names.reverse(), leaf].join(' over ') + (mirror === null ? '' : ', with another to be moved to'),
+    mayFail: hasErrors(chosen) || mirror?.mayFail === true,
     sectors: [64, 256, 1024][random.below(3)]!,
     blockSectors,
     canZeroRange: random.below(3) > 0,
@@ -230,6 +261,20 @@ function makeSetup(random: SeededRandom, seed: number): Setup {
     tickUs: 2 + random.below(40),
     wildFraming: random.below(2) === 0,
   };
+}
+
+/** Of the seeds with a disk one in so many has another one. */
+const MIRRORED_ONE_IN = 5;
+
+function chooseMirror(random: SeededRandom, blockSectors: number): SimMirror | null {
+  if (random.below(MIRRORED_ONE_IN) > 0) return null;
+  const chosen = random.below(2) === 0 ? [] : chooseFilters(random, blockSectors);
+  const chunkBytes = blockSectors * 512 * (1 << random.below(6));
+  return { filters: chosen.map(({ filter }) => filter), mayFail: hasErrors(chosen), chunkBytes };
+}
+
+function hasErrors(filters: readonly { readonly name: string }[]): boolean {
+  return filters.some(({ name }) => name === 'error');
 }
 
 function chooseFilters(

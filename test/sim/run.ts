@@ -127,7 +127,7 @@ function runOne(options: Options, seed: number): number {
 function describe(tally: Tally): string {
   return (
     `${tally.requests} requests, ${tally.sectorsChecked} sectors checked, ${tally.ios} disk requests, ${tally.faults} faults, ` +
-    `${tally.kills} kills, ${tally.powerCuts} power cuts, ${tally.stops} stops, ${tally.controls} session changes, ${tally.edits} edits of images`
+    `${tally.kills} kills, ${tally.powerCuts} power cuts, ${tally.stops} stops, ${tally.controls} session changes, ${tally.edits} edits of images, ${tally.pivots} moves to another disk`
   );
 }
 

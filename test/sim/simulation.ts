@@ -105,6 +105,10 @@ class Simulation {
   readonly #disk: SimDisk;
   readonly #diskFd: number;
   readonly #diskInode: number;
+  /** What the disk may be moved to, if anything. */
+  readonly #other: { readonly disk: SimDisk; readonly fd: number; readonly inode: number } | null;
+  /** It was moved there: durable, as the daemon's record is. */
+  #isMoved = false;
   readonly #oracle: Oracle;
   readonly #guest: SimGuest;
   readonly #frontend: SimFrontend;
@@ -163,6 +167,7 @@ class Simulation {
           });
     this.#disk.canZeroRange = setup.canZeroRange;
     this.#diskInode = checkObject(native.fileStat(this.#diskFd), 'stat the file').inode;
+    this.#other = setup.mirror === null ? null : otherDisk(sectors, setup.canZeroRange);
     this.#oracle = new Oracle(setup.sectors);
     this.#guest = new SimGuest(this.#guestWorld(), setup, this.#oracle, host.guestArena);
     this.#frontend = new SimFrontend(this.#frontendWorld(), setup, this.#guest.ram, host.guestArena);
@@ -219,6 +224,7 @@ class Simulation {
       // A run that failed leaves things as they are.
     }
     native.fileClose(this.#diskFd);
+    if (this.#other !== null) native.fileClose(this.#other.fd);
     for (let fd = native.socketAccept(this.#host.listenFd); fd >= 0; fd = native.socketAccept(this.#host.listenFd)) {
       native.fileClose(fd);
     }
@@ -265,6 +271,8 @@ class Simulation {
           lives: this.#lives++,
           timeline: this.#timeline,
           diskPath: `/proc/self/fd/${this.#diskFd}`,
+          otherPath: `/proc/self/fd/${this.#other?.fd ?? -1}`,
+          isMoved: this.#isMoved,
           memoryDir: this.#host.memoryDir,
           listenFd,
           log: (text) => this.trace.say(this.#timeline.nowUs(), 'log', text),
@@ -286,12 +294,15 @@ class Simulation {
     this.trace.add(this.#timeline.nowUs(), 'stop');
     this.#process.run(() => {
       daemon.controller.onClosedByPeer = null;
+      let steps = 0;
+      const step = (): void => {
+        if (++steps === STOP_STEPS_MAX) throw new Violation('the daemon does not stop');
+        daemon.reactor.step();
+      };
+      daemon.endMirror(step);
       // It closes in the steps below, and fails to when there is anything wrong.
       daemon.controller.close().catch(() => undefined);
-      for (let steps = 0; daemon.controller.info().state !== 'closed'; steps++) {
-        if (steps === STOP_STEPS_MAX) throw new Violation('the daemon does not stop');
-        daemon.reactor.step();
-      }
+      while (daemon.controller.info().state !== 'closed') step();
       daemon.registry.destroyAll();
     });
     this.#daemon = null;
@@ -340,6 +351,7 @@ class Simulation {
         this.tally.powerCuts++;
         this.trace.add(this.#timeline.nowUs(), 'powerCut', this.#disk.dirtyWrites.length);
         this.#disk.powerCut(this.#random.power);
+        this.#other?.disk.powerCut(this.#random.power);
         this.#emptyMemory();
         this.#oracle.powerCut();
         this.#frontend.dropInflight();
@@ -404,8 +416,9 @@ class Simulation {
       trace: this.trace,
       random: this.#random.disk,
       diskOf: (inode) => {
-        if (inode !== this.#diskInode) throw new Error(`a file that is no disk: inode ${inode}`);
-        return this.#disk;
+        if (inode === this.#diskInode) return this.#disk;
+        if (inode === this.#other?.inode) return this.#other.disk;
+        throw new Error(`a file that is no disk: inode ${inode}`);
       },
       latencyUs: () => least + this.#random.latency.next() ** 3 * (most - least),
       fault: () => this.#nextFault(),
@@ -492,6 +505,9 @@ class Simulation {
       case 'edit':
         this.#daemon?.edit(action.operation, action.params, () => this.tally.edits++);
         return true;
+      case 'mirror':
+        this.#daemon?.mirror(action.step, () => this.#move());
+        return true;
       case 'control':
         if (this.#script !== null) return false;
         this.tally.controls++;
@@ -499,6 +515,14 @@ class Simulation {
         this.#scriptSinceUs = this.#timeline.nowUs();
         return true;
     }
+  }
+
+  /** The daemon writes down that the disk is another one from now on, and may die before it is. */
+  #move(): void {
+    this.tally.pivots++;
+    this.#isMoved = !this.#isMoved;
+    this.trace.say(this.#timeline.nowUs(), 'log', this.#isMoved ? 'moved' : 'moved back');
+    this.#beforeEvent();
   }
 
   /** A request of a type that was not negotiated becomes a read. */
@@ -681,6 +705,15 @@ class Simulation {
         this.trace.add(this.#timeline.nowUs(), kind, a, b, c),
     };
   }
+}
+
+/** It holds anything at first. */
+function otherDisk(sectors: number, canZeroRange: boolean) {
+  const sizeBytes = sectors * SECTOR_BYTES;
+  const fd = check(native.memfdCreate('sim-other', sizeBytes), 'make a file');
+  const disk = new SimDisk(sizeBytes, new Uint8Array(sizeBytes).fill(0xee));
+  disk.canZeroRange = canZeroRange;
+  return { disk, fd, inode: checkObject(native.fileStat(fd), 'stat the file').inode };
 }
 
 const HANG_UP = POLLIN | POLLHUP | POLLRDHUP;

@@ -10,6 +10,8 @@ export interface Tally {
   controls: number;
   /** Of images, that were begun. */
   edits: number;
+  /** Moves of the disk to another one. */
+  pivots: number;
   events: number;
 }
 
@@ -24,6 +26,7 @@ export function emptyTally(): Tally {
     stops: 0,
     controls: 0,
     edits: 0,
+    pivots: 0,
     events: 0,
   };
 }

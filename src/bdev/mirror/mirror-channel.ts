@@ -20,7 +20,6 @@ import type { Wait, Waiter } from '../task.js';
 import { BothLegs } from './both-legs.js';
 import type { DirtyMap } from './dirty-map.js';
 
-export const CHUNK_BYTES = 2 ** 20;
 /** Changes and flushes that may be on both legs at once: bounds the memory for their data. */
 const BOTH_MAX = 64;
 const SCAN_MAX = 64;
@@ -33,6 +32,7 @@ export interface MirrorChannelOptions {
   readonly source: IoChannel;
   readonly target: IoChannel;
   readonly map: DirtyMap;
+  readonly chunkBytes: number;
   readonly blockSizeBytes: number;
   /** The size of the source, which does not change meanwhile. */
   readonly sizeBytes: number;
@@ -51,6 +51,7 @@ export class MirrorChannel implements IoChannel, IoOwner {
   isResetting = false;
   readonly #options: MirrorChannelOptions;
   readonly #map: DirtyMap;
+  readonly #chunkBytes: number;
   readonly #blockMask: number;
   readonly #sizeBytes: number;
   /** Requests that wait for a chunk, for one they overlap, or for a free BothLegs. */
@@ -74,6 +75,7 @@ export class MirrorChannel implements IoChannel, IoOwner {
     this.source = options.source;
     this.target = options.target;
     this.#map = options.map;
+    this.#chunkBytes = options.chunkBytes;
     this.#blockMask = options.blockSizeBytes - 1;
     this.#sizeBytes = options.sizeBytes;
   }
@@ -130,7 +132,12 @@ export class MirrorChannel implements IoChannel, IoOwner {
   /** Lets requests through again, those that were held first. @param channel where they go */
   release(channel: IoChannel): void {
     this.#isHolding = false;
-    for (let left = this.#held.length; left > 0; left--) channel.submit(this.#held.shift()!);
+    for (let left = this.#held.length; left > 0; left--) {
+      const io = this.#held.shift();
+      // One that ended the mirror at once has let all others through.
+      if (io === null) return;
+      channel.submit(io);
+    }
   }
 
   /** Gives the target up: what is under way there is waited for by nobody. */
@@ -203,8 +210,8 @@ export class MirrorChannel implements IoChannel, IoOwner {
   #mayStart(io: BdevIo): boolean {
     if (!this.usesTarget) return true;
     if (io.type === IoType.flush) return this.#hasFreeBoth();
-    const first = firstChunk(io);
-    const last = lastChunk(io);
+    const first = this.#firstChunk(io);
+    const last = this.#lastChunk(io);
     const span = last - first;
     if (this.#lockedSlot >= 0 && (this.#lockedSlot - (first % SLOTS) + SLOTS) % SLOTS <= span) return false;
     if (io.type !== IoType.discard && this.#map.areDirty(first, last)) return true;
@@ -249,7 +256,7 @@ export class MirrorChannel implements IoChannel, IoOwner {
   }
 
   #isForSource(io: BdevIo): boolean {
-    return io.type === IoType.discard || this.#map.areDirty(firstChunk(io), lastChunk(io));
+    return io.type === IoType.discard || this.#map.areDirty(this.#firstChunk(io), this.#lastChunk(io));
   }
 
   #takeBoth(): BothLegs {
@@ -261,14 +268,14 @@ export class MirrorChannel implements IoChannel, IoOwner {
   }
 
   #soil(startBytes: number, endBytes: number): void {
-    this.#map.soil(Math.floor(startBytes / CHUNK_BYTES), Math.floor((endBytes - 1) / CHUNK_BYTES));
+    this.#map.soil(Math.floor(startBytes / this.#chunkBytes), Math.floor((endBytes - 1) / this.#chunkBytes));
     this.#options.onSoiled();
   }
 
   /** @param step 1 for a change that begins, -1 for one that is over */
   #count(io: BdevIo, step: number): void {
-    const last = lastChunk(io);
-    for (let chunk = firstChunk(io); chunk <= last; chunk++) this.#changes[chunk % SLOTS]! += step;
+    const last = this.#lastChunk(io);
+    for (let chunk = this.#firstChunk(io); chunk <= last; chunk++) this.#changes[chunk % SLOTS]! += step;
     this.#changeCount += step;
     if (step < 0) this.#wakeCopier();
   }
@@ -310,12 +317,12 @@ export class MirrorChannel implements IoChannel, IoOwner {
   #abort(queue: IoQueue): void {
     for (let left = queue.length; left > 0; left--) queue.shift()!.complete(IoStatus.aborted, ECANCELED);
   }
-}
 
-function firstChunk(io: BdevIo): number {
-  return Math.floor(io.offsetBytes / CHUNK_BYTES) | 0;
-}
+  #firstChunk(io: BdevIo): number {
+    return Math.floor(io.offsetBytes / this.#chunkBytes) | 0;
+  }
 
-function lastChunk(io: BdevIo): number {
-  return Math.floor((io.offsetBytes + io.lengthBytes - 1) / CHUNK_BYTES) | 0;
+  #lastChunk(io: BdevIo): number {
+    return Math.floor((io.offsetBytes + io.lengthBytes - 1) / this.#chunkBytes) | 0;
+  }
 }

@@ -22,8 +22,9 @@ import { runOnReactor, startTask } from '../task.js';
 import type { Task, Waiter } from '../task.js';
 import { CopyIo, Until } from './copy-io.js';
 import { DirtyMap } from './dirty-map.js';
-import { CHUNK_BYTES, MirrorChannel } from './mirror-channel.js';
+import { MirrorChannel } from './mirror-channel.js';
 
+const CHUNK_BYTES = 2 ** 20;
 /** Of a disk of 256 TiB; the map takes 32 MiB then. */
 const CHUNKS_MAX = 2 ** 28;
 /** How long a pivot waits for the copying, and how long requests are held for it at most. */
@@ -54,6 +55,8 @@ export interface MirrorOptions {
   readonly target: string;
   /** 0: no limit. */
   readonly bytesPerSecond: number;
+  /** What is copied at a time, whole blocks. Default 1 MiB; less for tests. */
+  readonly chunkBytes?: number;
   /** It is over, and lets go of what it used; not told of a pivot. */
   readonly onEnd?: (info: MirrorInfo) => void;
 }
@@ -66,6 +69,7 @@ export class Mirror {
   readonly #channel: MirrorChannel;
   readonly #map: DirtyMap;
   readonly #sizeBytes: number;
+  readonly #chunkBytes: number;
   readonly #job: Job;
   readonly #bytesPerSecond: number;
   readonly #onEnd: (info: MirrorInfo) => void;
@@ -86,6 +90,7 @@ export class Mirror {
     this.#reactor = reactor;
     this.#source = user.open;
     this.#bytesPerSecond = bytesPerSecond;
+    this.#chunkBytes = options.chunkBytes ?? CHUNK_BYTES;
     this.#onEnd = options.onEnd ?? (() => undefined);
     const { bdev } = this.#source;
     this.#sizeBytes = bdev.blockCount * bdev.blockSizeBytes;
@@ -95,13 +100,14 @@ export class Mirror {
     const target = registry.get(options.target);
     if (target !== undefined) checkTarget(bdev, target, this.#sizeBytes);
     this.#target = registry.open(options.target, user.name, 'target');
-    this.#map = new DirtyMap(Math.ceil(this.#sizeBytes / CHUNK_BYTES));
+    this.#map = new DirtyMap(Math.ceil(this.#sizeBytes / this.#chunkBytes));
     this.#job = new Job('mirror', this.#sizeBytes, reactor, bytesPerSecond);
     this.#channel = new MirrorChannel({
       arena: reactor.arena,
       source: this.#source.channel,
       target: this.#target.channel,
       map: this.#map,
+      chunkBytes: this.#chunkBytes,
       blockSizeBytes: bdev.blockSizeBytes,
       sizeBytes: this.#sizeBytes,
       onTargetFailure: (io) => this.#end('failed', describeFailure(io, this.#target.bdev)),
@@ -120,8 +126,17 @@ export class Mirror {
     return this.#state === 'active';
   }
 
+  get isPivoting(): boolean {
+    return this.#isPivoting;
+  }
+
+  /** It has let go of all that it used. */
+  get isOver(): boolean {
+    return this.#isOver;
+  }
+
   get info(): MirrorInfo {
-    const doneBytes = Math.max(0, this.#sizeBytes - this.#map.dirtyCount * CHUNK_BYTES);
+    const doneBytes = Math.max(0, this.#sizeBytes - this.#map.dirtyCount * this.#chunkBytes);
     const isInStep = this.#idleCopier !== null && this.#map.dirtyCount === 0;
     return {
       source: this.#source.bdev.name,
@@ -150,11 +165,16 @@ export class Mirror {
    * The first step of a pivot: from when it resolves until the second one the consumer's requests are held, and both legs are the same,
    * the target durable. Rejects with BdevError, and then everything goes on.
    */
-  async preparePivot(): Promise<void> {
+  preparePivot(): Promise<void> {
+    return runOnReactor(this.#reactor, this.prepare());
+  }
+
+  /** The same as a task. */
+  *prepare(): Task<void> {
     if (!this.isActive) throw new BdevError('no-mirror', 'name', `the mirror is ${this.#state}`, 'start another one');
     if (!this.#wasInStep) throw new BdevError('not-ready', 'name', 'not all is copied yet', 'wait until it is ready');
     if (this.#isPivoting) throw this.#busy('it is being pivoted already');
-    await runOnReactor(this.#reactor, this.#prepare());
+    yield* this.#prepare();
   }
 
   /** The second step: the consumer uses the target from now on. */
@@ -183,7 +203,7 @@ export class Mirror {
     yield new Until(this.#reactor, () => !this.isActive || this.#source.isIdle() || isTooLong());
     if (this.#source.isIdle()) this.#channel.release(this.#channel);
     else this.#end('failed', 'the requests that came before it did not end in time');
-    const buffer = this.#reactor.arena.allocate(CHUNK_BYTES);
+    const buffer = this.#reactor.arena.allocate(this.#chunkBytes);
     const copy = new CopyIo();
     try {
       let chunk = 0;
@@ -209,8 +229,8 @@ export class Mirror {
   /** Copies a chunk, or not when it is to be tried again. Throws BdevError when the job is cancelled. */
   *#copy(chunk: number, copy: CopyIo, buffer: number): Task<void> {
     const channel = this.#channel;
-    const offset = chunk * CHUNK_BYTES;
-    const length = Math.min(CHUNK_BYTES, this.#sizeBytes - offset);
+    const offset = chunk * this.#chunkBytes;
+    const length = Math.min(this.#chunkBytes, this.#sizeBytes - offset);
     if (channel.isResetting) yield new Until(this.#reactor, () => !channel.isResetting);
     yield channel.lock(chunk);
     if (this.isActive && !channel.isResetting) {

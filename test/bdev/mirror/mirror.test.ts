@@ -546,6 +546,19 @@ describe('a pivot', () => {
     expect(disk.rig.registry.writerOf('target')).toBe('test');
   });
 
+  it('that is called off lets everything through, also when the target fails at once', async () => {
+    open(memory(), stack(memory(), error()));
+    const mirror = disk.mirror();
+    disk.untilReady(mirror);
+    await pivotOf(mirror);
+    const held = [0, 1, 2].map((i) => disk.startWrite(i * 4096, fresh(4096)));
+    errors('target').setRules([{ type: 'write', action: 'fail', first: 1, count: null }]);
+    mirror.abortPivot();
+    disk.finish(...held);
+    expect(held.every(({ status }) => status === IoStatus.success)).toBe(true);
+    expect(mirror.info.state).toBe('failed');
+  });
+
   it('waits for what a discard has left to be copied', async () => {
     open(memory(), stack(memory(), delay({ writeUs: 1000 })));
     fill();
