@@ -60,7 +60,8 @@ export type MirrorStep = 'start' | 'pivot' | 'cancel';
 export interface SimMirror {
   readonly filters: readonly Filter[];
   readonly mayFail: boolean;
-  readonly chunkBytes: number;
+  /** It is copied in so many pieces, or in blocks. */
+  readonly chunks: number;
 }
 
 export interface Setup {
@@ -156,13 +157,14 @@ export function makePlan(seed: number): Plan {
 function withMirrors(planned: readonly Action[], random: SeededRandom): Action[] {
   const actions = [...planned];
   const insert = (at: number, step: MirrorStep): void => {
-    actions.splice(at, 0, { pauseUs: random.next() * 50, seed: 0, kind: 'mirror', step });
+    const pauseUs = random.next() * (step === 'pivot' ? 1000 : 50);
+    actions.splice(at, 0, { pauseUs, seed: 0, kind: 'mirror', step });
   };
-  for (let at = random.below(10); at < actions.length; at += 1 + random.below(60)) {
+  for (let at = random.below(10); at < actions.length; at += 1 + random.below(40)) {
     insert(at, 'start');
-    for (let tries = 1 + random.below(4); tries > 0; tries--) {
-      at = Math.min(actions.length, at + 1 + random.below(30));
-      insert(at, random.below(6) === 0 ? 'cancel' : 'pivot');
+    for (let tries = 2 + random.below(4); tries > 0; tries--) {
+      at = Math.min(actions.length, at + 1 + random.below(15));
+      insert(at, random.below(10) === 0 ? 'cancel' : 'pivot');
     }
   }
   return actions;
@@ -269,8 +271,11 @@ const MIRRORED_ONE_IN = 5;
 function chooseMirror(random: SeededRandom, blockSectors: number): SimMirror | null {
   if (random.below(MIRRORED_ONE_IN) > 0) return null;
   const chosen = random.below(2) === 0 ? [] : chooseFilters(random, blockSectors);
-  const chunkBytes = blockSectors * 512 * (1 << random.below(6));
-  return { filters: chosen.map(({ filter }) => filter), mayFail: hasErrors(chosen), chunkBytes };
+  return {
+    filters: chosen.map(({ filter }) => filter),
+    mayFail: hasErrors(chosen),
+    chunks: 2 << random.below(5),
+  };
 }
 
 function hasErrors(filters: readonly { readonly name: string }[]): boolean {

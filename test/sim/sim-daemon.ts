@@ -70,7 +70,7 @@ export class SimDaemon {
     for (const config of [...configs, ...others]) this.registry.create(config);
     const names = [configs.at(-1)!.name, others.at(-1)?.name ?? ''] as const;
     this.#names = options.isMoved ? [names[1], names[0]] : names;
-    this.#chunkBytes = setup.mirror?.chunkBytes ?? 0;
+    this.#chunkBytes = Math.max(setup.blockSectors, setup.sectors / (setup.mirror?.chunks ?? 1)) * SECTOR_BYTES;
     const open: OpenBdev = this.registry.open(this.#names[0], 'sim', 'bdev');
     this.#stats = [...configs, ...others].map(({ name }) => this.registry.stats(name)!);
     this.controller = new BlkController(
