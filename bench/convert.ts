@@ -19,13 +19,16 @@ interface Sample {
   readonly fileBytes: number;
 }
 
-const CASES: readonly (readonly [string, 'raw' | 'qcow2', readonly string[]])[] = [
-  ['raw to raw', 'raw', ['-O', 'raw']],
-  ['raw to qcow2', 'raw', ['-O', 'qcow2']],
-  ['qcow2 to raw', 'qcow2', ['-O', 'raw']],
-  ['qcow2 to qcow2', 'qcow2', ['-O', 'qcow2']],
-  ['to zstd', 'raw', ['-c', '-O', 'qcow2', '-o', 'compression_type=zstd']],
-  ['to zlib', 'raw', ['-c', '-O', 'qcow2']],
+export const CONVERT_CASES = ['raw-raw', 'raw-qcow2', 'qcow2-raw', 'qcow2-qcow2', 'zstd', 'zlib'] as const;
+export type ConvertCase = (typeof CONVERT_CASES)[number];
+
+const CASES: readonly (readonly [ConvertCase, 'raw' | 'qcow2', readonly string[]])[] = [
+  ['raw-raw', 'raw', ['-O', 'raw']],
+  ['raw-qcow2', 'raw', ['-O', 'qcow2']],
+  ['qcow2-raw', 'qcow2', ['-O', 'raw']],
+  ['qcow2-qcow2', 'qcow2', ['-O', 'qcow2']],
+  ['zstd', 'raw', ['-c', '-O', 'qcow2', '-o', 'compression_type=zstd']],
+  ['zlib', 'raw', ['-c', '-O', 'qcow2']],
 ];
 
 export function measureConvert(directory: string, options: BenchOptions): string {
@@ -34,7 +37,9 @@ export function measureConvert(directory: string, options: BenchOptions): string
   execFileSync('qemu-img', ['convert', '-f', 'raw', '-O', 'qcow2', sources.raw, sources.qcow2]);
   const output = join(directory, 'output');
   const programs = [[process.execPath, PROGRAM, 'img'], ['qemu-img']] as const;
-  const rows = CASES.map(([name, format, args]) => {
+  const { convert } = options;
+  const wanted = CASES.filter(([name]) => convert === true || convert?.includes(name) === true);
+  const rows = wanted.map(([name, format, args]) => {
     const samples: Sample[][] = programs.map(() => []);
     for (let round = 0; round < options.rounds; round++) {
       for (let turn = 0; turn < programs.length; turn++) {

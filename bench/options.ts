@@ -4,6 +4,8 @@ import { join } from 'node:path';
 import { fileURLToPath } from 'node:url';
 import { Command, InvalidArgumentError, Option } from 'commander';
 import { numberOption, sizeOption } from '../src/target/options.js';
+import { CONVERT_CASES } from './convert.js';
+import type { ConvertCase } from './convert.js';
 import { QCOW2_CASES } from './qcow2.js';
 import type { Qcow2Case } from './qcow2.js';
 import { BACKINGS, DEPTHS, WORKLOADS } from './scenario.js';
@@ -32,7 +34,8 @@ export interface BenchOptions {
   readonly idle: boolean;
   readonly inflight: boolean;
   readonly restart: boolean;
-  readonly convert: boolean;
+  /** Some of the cases, or true: all. */
+  readonly convert?: true | readonly ConvertCase[];
   readonly qcow2?: readonly Qcow2Case[];
 }
 
@@ -73,7 +76,11 @@ export function parseOptions(): BenchOptions {
       '--restart',
       'measure how long a guest waits while Strata is killed and started again, once a round, instead',
     )
-    .option('--convert', 'measure how long images take to be converted instead')
+    .option(
+      '--convert [cases]',
+      `measure how long images take to be converted instead: some of ${CONVERT_CASES.join(',')}`,
+      someOf(CONVERT_CASES),
+    )
     .option('--qcow2 <cases>', `measure qcow2 images instead: some of ${QCOW2_CASES.join(',')}`, someOf(QCOW2_CASES))
     .parse();
   const given = program.opts<BenchOptions & { readonly quick?: boolean }>();

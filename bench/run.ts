@@ -45,7 +45,7 @@ function versions(options: BenchOptions): Record<string, string> {
 
 async function requirePrograms(options: BenchOptions): Promise<void> {
   requireStrata();
-  if (options.convert) {
+  if (options.convert !== undefined) {
     requireProgram('qemu-img', 'qemu-utils');
     return;
   }
@@ -119,12 +119,12 @@ async function main(): Promise<void> {
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => process.exit(INTERRUPTED));
   await requirePrograms(options);
   // A guest that waits leaves its core to the daemon; a conversion takes all there are.
-  if (!options.restart && !options.convert)
+  if (!options.restart && options.convert === undefined)
     check(native.threadSetAffinity(options.clientCore), `run on core ${options.clientCore}`);
   const run =
     options.qcow2 !== undefined
       ? runQcow2
-      : options.convert
+      : options.convert !== undefined
         ? runConvert
         : options.restart
           ? runRestart

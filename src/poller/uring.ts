@@ -30,6 +30,9 @@ const ENTER_REGISTERED_RING = 1 << 4;
 const SQ_CQ_OVERFLOW = 2;
 const SQ_TASKRUN = 4;
 const SQE_FIXED_FILE = 1;
+const SQE_ASYNC = 16;
+/** What is shorter is copied in less time than a thread takes to wake. */
+const THREADED_BYTES_MIN = 128 * 1024;
 const UNREGISTER_BUFFERS = 1;
 const UNREGISTER_FILES = 3;
 const REGISTER_BUFFERS2 = 15;
@@ -88,6 +91,8 @@ export interface UringOptions {
   readonly entries?: number;
   /** Completion queue length, a power of two. */
   readonly cqEntries?: number;
+  /** Long reads are handed to threads of the kernel at once: one thread need not copy all that the page cache has. */
+  readonly threadedReads?: boolean;
   /** Completions are polled from the device: O_DIRECT reads and writes only, no polls. */
   readonly iopoll?: boolean;
 }
@@ -102,6 +107,7 @@ export class Uring implements Ring {
   readonly #enterFd: number;
   readonly #enterFlags: number;
   readonly #iopoll: boolean;
+  readonly #threadedReads: boolean;
   readonly #sqes: Uint32Array;
   readonly #sqMask: number;
   readonly #sqTail: Uint32Array;
@@ -126,6 +132,7 @@ export class Uring implements Ring {
   constructor(arena: Arena, options: UringOptions = {}) {
     this.arena = arena;
     this.#iopoll = options.iopoll === true;
+    this.#threadedReads = options.threadedReads === true;
     const setup = setupRing(options.entries ?? 1024, options.cqEntries ?? 8192, this.#iopoll);
     const wanted = FEAT_SINGLE_MMAP | FEAT_NODROP | FEAT_EXT_ARG;
     if ((setup.features & wanted) !== wanted) {
@@ -390,6 +397,9 @@ export class Uring implements Ring {
     if (at < 0) return false;
     this.#place(at, range);
     this.#sqes[at + 6] = range.lengthBytes;
+    if (this.#threadedReads && opcode === Op.read && range.lengthBytes >= THREADED_BYTES_MIN) {
+      this.#sqes[at] = opcode | ((SQE_FIXED_FILE | SQE_ASYNC) << 8);
+    }
     return true;
   }
 
@@ -488,7 +498,7 @@ export class Uring implements Ring {
     for (const opcode of REGISTER_OPS) {
       allow(RESTRICTION_REGISTER_OP, opcode);
     }
-    allow(RESTRICTION_SQE_FLAGS_ALLOWED, SQE_FIXED_FILE);
+    allow(RESTRICTION_SQE_FLAGS_ALLOWED, this.#threadedReads ? SQE_FIXED_FILE | SQE_ASYNC : SQE_FIXED_FILE);
     const address = this.arena.baseAddress + this.#scratch;
     check(native.ringRegister(this.#fd, REGISTER_RESTRICTIONS, address, count), 'restrict io_uring');
     check(native.ringRegister(this.#fd, REGISTER_ENABLE_RINGS, 0, 0), 'enable io_uring');

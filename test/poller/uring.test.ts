@@ -205,6 +205,22 @@ describe('requests', () => {
     arena.release(region);
   });
 
+  it('read with threads of the kernel what is long, and other things as ever', () => {
+    reopen({ threadedReads: true });
+    const file = ring.registerFile(openFile());
+    const half = BYTES / 2;
+    const data = fresh(half);
+    data.copy(bytes);
+    expect(run((slot) => ring.write(slot, file, range(memory, half, 0), 0))).toBe(half);
+    for (const length of [4096, 128 * 1024, half]) {
+      bytes.fill(0, half);
+      expect(run((slot) => ring.read(slot, file, range(memory + half, length, 0), 0))).toBe(length);
+      expect(bytes.subarray(half, half + length).equals(data.subarray(0, length))).toBe(true);
+    }
+    expect(run((slot) => ring.read(slot, file, range(memory + half, half, half), 0))).toBe(0);
+    expect(run((slot) => ring.fdatasync(slot, file))).toBe(0);
+  });
+
   it('complete to their own op, many at once', () => {
     const file = ring.registerFile(openFile());
     const ops = Array.from({ length: 300 }, () => recorder());

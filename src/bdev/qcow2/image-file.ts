@@ -10,6 +10,8 @@ export interface ImageFile {
   write(offset: number, bytes: Uint8Array): Task<void>;
   /** Makes all that was written durable. Throws BdevError. */
   sync(): Task<void>;
+  /** Whether a write beyond the end makes the file longer, so that it need not be asked to. */
+  readonly growsByWriting?: boolean;
   /** Makes the file at least that long; it reads as zeroes there. Throws BdevError. */
   grow(sizeBytes: number): Task<void>;
   /** Reserves space that the file does not take yet, and makes it longer where need be. Throws BdevError. */

@@ -286,7 +286,7 @@ export class ImageWriter {
   }
 
   *#write(offset: number, bytes: Uint8Array): Task<void> {
-    yield* this.#file.grow(offset + bytes.length);
+    if (this.#file.growsByWriting !== true) yield* this.#file.grow(offset + bytes.length);
     yield* this.#file.write(offset, bytes);
   }
 }

@@ -45,7 +45,7 @@ export class DiskHost {
   constructor() {
     const arena = new Arena();
     const clock = new SystemClock();
-    this.#ring = new Uring(arena);
+    this.#ring = new Uring(arena, { threadedReads: true });
     const random = new SeededRandom(process.pid);
     this.reactor = new Reactor({ name: 'img', arena, ring: this.#ring, clock, random, mode: 'interrupt', pollUs: 0 });
     this.registry = new BdevRegistry(this.reactor, [...modules, ...OWN_MODULES]);

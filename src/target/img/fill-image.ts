@@ -225,8 +225,11 @@ class Slot implements IoOwner, CodecOwner {
     const units = Math.ceil(lengthBytes / unitBytes);
     const { arena } = this.#fill.host.reactor;
     arena.view8(this.#address + lengthBytes, units * unitBytes - lengthBytes).fill(0);
+    const words = arena.view32(this.#address, (units * unitBytes) / 4);
     for (let unit = 0; unit < units; unit++) {
-      const isZero = isSparse && native.isZero(arena.baseAddress + this.#address + unit * unitBytes, unitBytes);
+      // Data is seldom zero at its first word: most units cost no call.
+      const mayBeZero = isSparse && words[(unit * unitBytes) / 4] === 0;
+      const isZero = mayBeZero && native.isZero(arena.baseAddress + this.#address + unit * unitBytes, unitBytes);
       this.#kinds[unit] = isZero ? UnitKind.zero : UnitKind.data;
       if (compression !== null && !isZero) this.#compress(unit, compression);
     }

@@ -57,6 +57,10 @@ export class NodeFile implements ImageFile {
     return this.#sizeBytes;
   }
 
+  get growsByWriting(): boolean {
+    return !this.isDevice;
+  }
+
   /** Space it takes on its file system. */
   get allocatedBytes(): number {
     return fstatSync(this.fd).blocks * 512;
