@@ -41,7 +41,22 @@ describe('strata img convert --resume', () => {
     ['qcow2', []],
     ['qcow2', ['-c', '-o', 'cluster_size=16k,compression_type=zstd']],
   ])('goes on after each kill: %s %s', async (format, options) => {
-    const args = ['img', 'convert', '--resume', '-r', '4M', '-f', 'raw', '-O', format, ...options, 'disk.raw', 'out'];
+    const args = [
+      'img',
+      'convert',
+      '--resume',
+      '-m',
+      '2',
+      '-r',
+      '3M',
+      '-f',
+      'raw',
+      '-O',
+      format,
+      ...options,
+      'disk.raw',
+      'out',
+    ];
     let before = -1;
     let kills = 0;
     for (;;) {
@@ -65,7 +80,7 @@ describe('strata img convert --resume', () => {
   });
 
   it('keeps what it has at Ctrl-C, and does not go on with another source, other options or another output', async () => {
-    const args = ['convert', '--resume', '-r', '4M', '-f', 'raw', '-O', 'qcow2'] as const;
+    const args = ['convert', '--resume', '-m', '2', '-r', '3M', '-f', 'raw', '-O', 'qcow2'] as const;
     const program = new Program(STRATA, ['img', ...args, 'disk.raw', 'out'], qemu.folder);
     await until('a note', noted);
     expect(await program.stop('SIGINT')).toMatchObject({ signal: 'SIGINT' });

@@ -24,8 +24,8 @@ import { requestError } from './disk-host.js';
 import type { DiskHost } from './disk-host.js';
 import type { NewImage } from './new-image.js';
 
-/** All pieces under way fit the nearer caches: each byte is touched by the read, the search for zeroes and the write. */
-const PIECE_BYTES = 2 ** 18;
+/** Threads of the kernel read ahead by so much for each request: enough that a busy machine seldom lets the writer wait. */
+const PIECE_BYTES = 2 ** 20;
 /** As many jobs as a pool has room for. */
 const JOBS_MAX = 256;
 
