@@ -4,7 +4,7 @@
  * Invariant: nothing runs but within `run`, which ends when what it waits for has happened.
  */
 import { availableParallelism } from 'node:os';
-import { Arena } from '../../../native/index.js';
+import { Arena, check, native } from '../../../native/index.js';
 import { BdevError } from '../../bdev/bdev.js';
 import type { BdevConfig, BdevModule, OpenBdev, UseGuard } from '../../bdev/bdev.js';
 import { BdevIo, IO_TYPE_NAMES, IoStatus, IoType } from '../../bdev/bdev-io.js';
@@ -48,6 +48,8 @@ export class DiskHost {
     this.#ring = new Uring(arena, { threadedReads: true });
     const random = new SeededRandom(process.pid);
     this.reactor = new Reactor({ name: 'img', arena, ring: this.#ring, clock, random, mode: 'interrupt', pollUs: 0 });
+    // A slice ends when a signal is to be heard.
+    this.reactor.watchEventLoop(check(native.eventLoopFd(), 'find the event loop'));
     this.registry = new BdevRegistry(this.reactor, [...modules, ...OWN_MODULES]);
   }
 
