@@ -467,13 +467,6 @@ export const MUTATIONS: readonly Mutation[] = [
     edits: [['(this.#lockedSlot >= 0 && this.#changes[this.#lockedSlot]! > 0)', 'false']],
   },
   {
-    name: 'mirror: a discard is not copied',
-    file: `${MIRROR}/mirror-channel.ts`,
-    edits: [
-      ['if (io.type === IoType.discard && this.usesTarget) this.#soil(', 'if (io.type === IoType.reset) this.#soil('],
-    ],
-  },
-  {
     name: 'mirror: a write goes to the source alone',
     file: `${MIRROR}/both-legs.ts`,
     edits: [['const toTarget = this.#channel.usesTarget && !isLingering;', 'const toTarget = false;']],
