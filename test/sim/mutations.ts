@@ -441,7 +441,7 @@ export const MUTATIONS: readonly Mutation[] = [
   {
     name: 'qcow2: what changed is not written before metadata is edited',
     file: `${QCOW2}/served-image.ts`,
-    edits: [['      yield* engine.settleAll(() => this.flush());\n      try {', '      try {']],
+    edits: [['      yield* engine.settleAll(() => this.flush());\n      let result: T;', '      let result: T;']],
   },
   {
     name: 'qcow2: counters are used as they were before an edit',

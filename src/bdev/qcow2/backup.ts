@@ -12,7 +12,6 @@ import { IoFlag, IoType } from '../bdev-io.js';
 import type { Job } from '../job.js';
 import { TaskIo } from './channel-file.js';
 import { BitmapBits } from './edit/bitmap-bits.js';
-import { clearBitmap } from './edit/bitmaps.js';
 import { createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
 import type { NewSnapshot } from './edit/snapshots.js';
 import type { LiveImage } from './operations.js';
@@ -46,24 +45,31 @@ export class Backup {
   }
 
   *run(job: Job, moment: NewSnapshot): Task<void> {
-    const { edit, engine } = this.#live;
+    const { edit, engine, setBitmapComplete } = this.#live;
     const bitmap = this.#bitmap;
     let ranges: BitmapBits | null = null;
     let isDone = false;
     try {
       const { snapshots } = this.#live.image;
+      // In the image it keeps what it has, in case this process is killed.
+      const takeRanges = (): void => {
+        const bits = bitmap === null ? undefined : engine.bitmaps?.get(bitmap);
+        if (bitmap === null || bits === undefined) return;
+        ranges = copyOf(bits);
+        // Until the backup is whole, or has given back what it took.
+        setBitmapComplete(bitmap, false);
+        bits.clear(0, bits.sizeBytes);
+      };
       yield* edit(function* (file) {
         // One that a killed process has left.
         if (snapshots.some(({ name }) => name === moment.name)) yield* deleteSnapshot(file, moment.name);
         yield* createSnapshot(file, moment);
-        if (bitmap === null) return;
-        ranges = copyOf(engine.bitmaps!.get(bitmap)!);
-        yield* clearBitmap(file, bitmap);
-      });
+      }, takeRanges);
       yield* this.#copy(job, ranges);
       isDone = true;
     } finally {
       if (!isDone && bitmap !== null && ranges !== null) engine.bitmaps?.get(bitmap)?.merge(ranges);
+      if (bitmap !== null) setBitmapComplete(bitmap, true);
       try {
         yield* engine.thawed();
         const isThere = this.#live.image.snapshots.some(({ name }) => name === this.snapshot);

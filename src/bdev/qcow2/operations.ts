@@ -35,13 +35,15 @@ export interface LiveImage {
   readonly image: Qcow2Image;
   readonly engine: Engine;
   readonly reactor: Reactor;
-  /** Changes the image's metadata while the disk stands still. Throws BdevError. */
-  readonly edit: <T>(work: (file: ImageFile) => Task<T>) => Task<T>;
+  /** Changes the image's metadata while the disk stands still; `then` is called in the end of that. Throws BdevError. */
+  readonly edit: <T>(work: (file: ImageFile) => Task<T>, then?: () => void) => Task<T>;
   /** Does something while no request is under way. */
   readonly still: (work: () => void) => Task<void>;
   /** Makes durable what was written so far. Throws BdevError. */
   readonly flush: () => Task<void>;
   readonly footing: Footing;
+  /** Says whether something is missing in a bitmap that records. */
+  readonly setBitmapComplete: (name: string, isComplete: boolean) => void;
   /** Opens another bdev for writing. Throws BdevError. */
   readonly openTarget: (name: string) => OpenBdev;
   /** See BdevContext. */

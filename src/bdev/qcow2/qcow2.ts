@@ -149,10 +149,11 @@ class Qcow2Bdev implements SnapshotSource {
         image,
         engine: this.#engine,
         reactor,
-        edit: (work) => served.edit(work),
+        edit: (work, then) => served.edit(work, then),
         still: (work) => served.still(work),
         flush: () => served.flush(),
         footing: this.#footing,
+        setBitmapComplete: (name, isComplete) => served.setBitmapComplete(name, isComplete),
         openTarget: (name) => context.openTarget(name, config.name),
         jobEnded: (info) => context.jobEnded(info),
       });

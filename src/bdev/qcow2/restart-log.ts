@@ -258,7 +258,7 @@ function pathOf(folder: string, session: number): string {
 function sweep(folder: string, nowMs: number): void {
   try {
     for (const name of readdirSync(folder)) {
-      if (!/^strata-[0-9a-f]{8}$/.test(name)) continue;
+      if (!/^strata-[0-9a-f]{8}(-bits)?$/.test(name)) continue;
       const { size, mtimeMs } = statSync(join(folder, name));
       if (size === 0 && nowMs - mtimeMs > SWEPT_AFTER_MS) unlinkSync(join(folder, name));
     }

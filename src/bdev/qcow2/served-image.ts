@@ -11,10 +11,12 @@ import { BdevError } from '../bdev.js';
 import type { Bdev, IoChannel } from '../bdev.js';
 import { IoType } from '../bdev-io.js';
 import { Allocator } from './allocator.js';
-import type { ChannelFile } from './channel-file.js';
+import { BitmapFile } from './bitmap-file.js';
 import { TaskIo } from './channel-file.js';
+import type { ChannelFile } from './channel-file.js';
 import { checkImage } from './check.js';
 import { Committer } from './commit.js';
+import type { BitmapBits } from './edit/bitmap-bits.js';
 import { Engine } from './engine.js';
 import type { Layer } from './engine.js';
 import { Incompatible, clusterBytesOf, sessionOf, unknownAutoclear, withSession } from './format.js';
@@ -33,6 +35,7 @@ const REFCOUNT_CACHE_SLOTS = 256;
 const REPAIR = 'repair it: `strata img check -r all`';
 const HEADER_INCOMPATIBLE = 72;
 const HEADER_AUTOCLEAR = 88;
+const NO_BITMAPS: ReadonlyMap<string, BitmapBits> = new Map();
 
 export interface ServedOptions {
   /** Of whoever it is served by. */
@@ -63,6 +66,9 @@ export class ServedImage {
   readonly #reactor: Reactor;
   #engine: Engine | null = null;
   #mayWrite = false;
+  /** Null: bitmaps that are in use are lost with the process. */
+  #bitmapFile: BitmapFile | null = null;
+  readonly #incomplete = new Set<string>();
   /** The engine is frozen, or about to be. */
   #isStill = false;
   #isClosing = false;
@@ -134,13 +140,30 @@ export class ServedImage {
       onBegin: () => engine.onRoundBegin(),
       onRound: (isAll) => engine.onRound(isAll),
     });
-    engine.bitmaps = yield* LiveBitmaps.open(this.file, image.header, image.bitmaps);
     engine.isReadOnly = false;
     // Version 2 has no bits that another program would clear.
-    if (image.header.version < 3) return;
-    const left = restartDir === null ? null : yield* this.#carryOut(restartDir);
-    if (restartDir !== null && keepsLog) yield* this.#beginSession(restartDir, left);
-    else yield* this.#beginWithoutLog(left);
+    const folder = image.header.version < 3 ? null : restartDir;
+    const former = sessionOf(image.header);
+    const left = folder === null ? null : yield* this.#carryOut(folder);
+    try {
+      const bitmaps = yield* this.#loadBitmaps(folder, former);
+      if (folder !== null && keepsLog) yield* this.#beginSession(folder, bitmaps);
+      // A log that was left is void when anything is written without one.
+      else if (former !== 0) yield* this.#writeAutoclear(withSession(image.header.autoclear, 0));
+      if (bitmaps !== null) yield* bitmaps.markInUse(this.file);
+      engine.bitmaps = bitmaps;
+    } catch (error) {
+      left?.abandon();
+      throw error;
+    }
+    left?.close();
+    if (folder !== null && former !== 0) BitmapFile.discard(folder, former);
+  }
+
+  *#loadBitmaps(folder: string | null, session: number): Task<LiveBitmaps | null> {
+    const { header, bitmaps } = this.image;
+    const left = folder === null || session === 0 ? undefined : BitmapFile.read(folder, session);
+    return yield* LiveBitmaps.load(this.file, header, bitmaps, left);
   }
 
   *flush(): Task<void> {
@@ -153,8 +176,9 @@ export class ServedImage {
   /**
    * Changes the image's metadata while the disk stands still: requests wait meanwhile. Throws BdevError, and then the image is as it
    * was or as it was to be.
+   * @param then called when the image is taken up as it is by then, before any request
    */
-  *edit<T>(work: (file: ImageFile) => Task<T>): Task<T> {
+  *edit<T>(work: (file: ImageFile) => Task<T>, then?: () => void): Task<T> {
     const { engine } = this;
     const { name } = this.#bdev;
     if (engine.isReadOnly) {
@@ -167,12 +191,15 @@ export class ServedImage {
     yield* engine.freeze();
     try {
       yield* engine.settleAll(() => this.flush());
+      let result: T;
       try {
         if (engine.bitmaps !== null) yield* engine.bitmaps.store(this.file);
-        return yield* work(this.file);
+        result = yield* work(this.file);
       } finally {
         yield* this.#reload();
       }
+      then?.();
+      return result;
     } finally {
       this.#isStill = false;
       engine.thaw();
@@ -190,6 +217,13 @@ export class ServedImage {
     engine.thaw();
   }
 
+  /** Says whether something is missing in a bitmap that records: then it is of no use when this process is killed. */
+  setBitmapComplete(name: string, isComplete: boolean): void {
+    if (isComplete) this.#incomplete.delete(name);
+    else this.#incomplete.add(name);
+    this.#bitmapFile?.setComplete(name, isComplete);
+  }
+
   /** The end: no request is under way, and none comes. What could not be written is found by whoever opens the image next. */
   *close(): Task<void> {
     const { engine } = this;
@@ -202,6 +236,7 @@ export class ServedImage {
       } catch (error) {
         if (!(error instanceof BdevError)) throw error;
         log?.abandon();
+        this.#bitmapFile?.abandon();
       }
       yield* this.#release();
     }
@@ -233,6 +268,8 @@ export class ServedImage {
   *giveUp(): Task<void> {
     const engine = this.#engine;
     if (engine !== null) {
+      engine.log?.abandon();
+      this.#bitmapFile?.abandon();
       yield* this.#release();
       engine.release();
     }
@@ -269,9 +306,12 @@ export class ServedImage {
       yield* image.load();
       engine.allocator!.reset(yield* loadRefcountTable(image));
       engine.forgetCompressed();
-      engine.bitmaps = yield* LiveBitmaps.open(this.file, image.header, image.bitmaps);
+      const bitmaps = yield* LiveBitmaps.load(this.file, image.header, image.bitmaps);
+      this.#bitmapFile?.keep(bitmaps?.bits ?? NO_BITMAPS, this.#incomplete);
+      engine.bitmaps = bitmaps;
       // An edit ends the session of whoever wrote before it.
       if (engine.log !== null) yield* this.#writeAutoclear(withSession(image.header.autoclear, engine.log.session));
+      if (bitmaps !== null) yield* bitmaps.markInUse(this.file);
     } catch (error) {
       if (error instanceof BdevError) engine.damaged(error.field, error.message);
       throw error;
@@ -332,38 +372,29 @@ export class ServedImage {
     return left;
   }
 
-  /** @param left the log of the session before, which has been carried out */
-  *#beginSession(folder: string, left: RestartLog | null): Task<void> {
+  *#beginSession(folder: string, bitmaps: LiveBitmaps | null): Task<void> {
     const { engine } = this;
     const log = RestartLog.create(folder, this.#reactor);
+    const bitmapFile = BitmapFile.create(folder, log.session, this.#reactor.arena);
     try {
+      bitmapFile?.keep(bitmaps?.bits ?? NO_BITMAPS, this.#incomplete);
       yield* this.#writeAutoclear(withSession(this.image.header.autoclear, log.session));
     } catch (error) {
       log.close();
-      left?.abandon();
+      bitmapFile?.close();
       throw error;
     }
-    left?.close();
     engine.log = log;
     engine.committer!.log = log;
-  }
-
-  /** A log that was left is void when anything is written without one. */
-  *#beginWithoutLog(left: RestartLog | null): Task<void> {
-    const { header } = this.image;
-    try {
-      if (sessionOf(header) !== 0) yield* this.#writeAutoclear(withSession(header.autoclear, 0));
-    } catch (error) {
-      left?.abandon();
-      throw error;
-    }
-    left?.close();
+    this.#bitmapFile = bitmapFile;
   }
 
   /** The image is whole without a log. */
   *#endSession(log: RestartLog): Task<void> {
     yield* this.#writeAutoclear(withSession(this.image.header.autoclear, 0));
     log.close();
+    this.#bitmapFile?.close();
+    this.#bitmapFile = null;
   }
 
   #onDamage(field: string, problem: string): void {

@@ -18,7 +18,7 @@ export class BitmapBits {
   readonly granularityBits: number;
   readonly count: number;
   /** Bits beyond `count` are 0. */
-  readonly bytes: Buffer;
+  bytes: Buffer;
 
   /** All bits are 0. Throws BdevError when there would be too many. */
   constructor(sizeBytes: number, granularityBits: number) {
@@ -31,6 +31,12 @@ export class BitmapBits {
       throw new BdevError('too-large', 'granularity', `${what}, the most is ${BITMAP_BYTES_MAX}`, 'use a coarser one');
     }
     this.bytes = Buffer.alloc(lengthBytes);
+  }
+
+  /** Keeps the bits elsewhere from here on. @param bytes as many */
+  moveTo(bytes: Buffer): void {
+    this.bytes.copy(bytes);
+    this.bytes = bytes;
   }
 
   isDirty(offset: number): boolean {
