@@ -305,7 +305,7 @@ describe('other options of convert', () => {
     }
   });
 
-  it('goes on over what cannot be read with --salvage, and says what', () => {
+  it('goes on over what cannot be read with --salvage, and says what; compare ends with the code of qemu-img', () => {
     writeFileSync(
       qemu.path('faulty.yaml'),
       `controllers: [{ name: vm1, bdev: bad, socket: vm1.sock }]
@@ -316,6 +316,12 @@ bdevs:
     );
     const config = ['--config', 'faulty.yaml'] as const;
     expect(refused('convert', ...config, '-O', 'raw', 'bdev:bad', 'none')).toContain('read at');
+    expect(img('compare', ...config, 'bdev:bad', 'rate.raw').status).toBe(4);
+    writeFileSync(qemu.path('faults'), '[inject-error]\nevent = "read_aio"\nerrno = "5"\n');
+    qemu.run('convert', '-f', 'raw', '-O', 'qcow2', 'rate.raw', 'rate.qcow2');
+    const bad =
+      'driver=qcow2,file.driver=blkdebug,file.config=faults,file.image.driver=file,file.image.filename=rate.qcow2';
+    expect(qemu.try('compare', '--image-opts', bad, 'driver=raw,file.filename=rate.raw').status).toBe(4);
     const { status, stderr } = img('convert', ...config, '--salvage', '-O', 'raw', 'bdev:bad', 'ours');
     expect(status).toBe(0);
     expect(stderr.match(/error while reading offset \d+/g)).toEqual([

@@ -20,6 +20,7 @@ import type { CommitCommand, RebaseCommand } from './rebase.js';
 /** What a failed command exits with: 1, but for compare, where that says that two images differ. */
 const FAILED = 1;
 const COMPARE_FAILED = 2;
+const COMPARE_NOT_READ = 4;
 
 const collect = (value: string, before: readonly string[]): readonly string[] => [...before, value];
 const output = (flags = '-o, --output <format>') =>
@@ -134,7 +135,7 @@ program
 
 program
   .command('compare')
-  .description('compare two disks; exits with 0 the same, 1 different, 2 not compared')
+  .description('compare two disks; exits with 0 the same, 1 different, 2 not compared, 4 not read')
   .argument('<filename1>')
   .argument('<filename2>')
   .addOption(format())
@@ -148,7 +149,10 @@ program
   .addOption(config())
   .addOption(sourceCache())
   .action((first: string, second: string, command: CompareCommand) =>
-    run(async () => (await import('./compare.js')).compareCommand(first, second, command), COMPARE_FAILED),
+    run(
+      async () => (await import('./compare.js')).compareCommand(first, second, command),
+      (error) => (error.code === 'io-error' ? COMPARE_NOT_READ : COMPARE_FAILED),
+    ),
   );
 
 program
@@ -323,12 +327,15 @@ program
 await program.parseAsync([process.argv[0]!, process.argv[1]!, ...process.argv.slice(3)]);
 
 /** @param action returns the exit code, or nothing for 0 */
-async function run(action: () => Promise<number | void>, failed = FAILED): Promise<void> {
+async function run(
+  action: () => Promise<number | void>,
+  exitCodeOf: (error: BdevError) => number = () => FAILED,
+): Promise<void> {
   try {
     process.exitCode = (await action()) ?? 0;
   } catch (error) {
     if (!(error instanceof BdevError)) throw error;
     process.stderr.write(`strata img: ${error.message}\n    -> ${error.hint}\n`);
-    process.exitCode = failed;
+    process.exitCode = exitCodeOf(error);
   }
 }
