@@ -51,6 +51,24 @@ describe('a long job', () => {
     },
   );
 
+  it('goes on after a kill: a commit', { timeout: TIMEOUT_MS }, async () => {
+    const host = new Host();
+    newChain(host);
+    const data = Buffer.alloc(DISK_BYTES, 'what the guest has written ');
+    writeFileSync(host.path('data.raw'), data);
+    host.qemuImg('convert', '-n', '-f', 'raw', '-O', 'qcow2', 'data.raw', 'top.qcow2');
+    await host.start(overlay);
+    await host.ask('bdev_qcow2_commit', { name: 'top', bytes_per_second: '12MiB' });
+    await until('a part', () => isUnderWay(host));
+    await host.program.kill();
+    await host.start(overlay);
+    expect(host.said('a job goes on after the restart')).toMatchObject({ bdev: 'top', operation: 'commit' });
+    await until('its end', async () => (await jobOf(host))['state'] === 'done' || undefined);
+    await until('no record', () => host.records.length === 0 || undefined);
+    await host.program.stop();
+    expect(readFileSync(host.path('below.raw')).equals(data)).toBe(true);
+  });
+
   it(
     'begins anew after a kill: a backup; and ends for good when it is cancelled',
     { timeout: TIMEOUT_MS },

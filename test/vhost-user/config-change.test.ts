@@ -7,7 +7,9 @@
  */
 import { afterEach, beforeEach, describe, expect, it } from 'vitest';
 import { check, checkObject, native } from '../../native/index.js';
-import type { BdevConfig } from '../../src/bdev/bdev.js';
+import type { BdevConfig, BdevUser } from '../../src/bdev/bdev.js';
+import { Mirror } from '../../src/bdev/mirror/mirror.js';
+import { startTask } from '../../src/bdev/task.js';
 import { Refused } from '../frontend/frontend.js';
 import type { Frontend } from '../frontend/frontend.js';
 import {
@@ -308,5 +310,49 @@ describe('the channel', () => {
     expect(channel.received()).toEqual(ASKING);
     channel.send(reply, [frontend.queue.callFd]);
     await frontend.connection.disconnected();
+  });
+});
+
+describe('a disk that is moved to another bdev', () => {
+  it('is that one for its front-end, which hears of a new size, with what was promised of the one before', async () => {
+    serve();
+    const { registry, reactor } = disk.rig;
+    registry.create({ ...memoryDisk()[0]!, name: 'larger', sizeBytes: 2 * DISK_BYTES } as BdevConfig);
+    const [frontend, channel] = await connect();
+    const { queue } = frontend;
+    const features = frontend.offeredFeatures;
+    expect((await queue.write(8, Buffer.alloc(512, 7))).status).toBe(Status.ok);
+    const { controller } = disk;
+    const user: BdevUser = {
+      // As the rig claims it.
+      name: 'test',
+      get open() {
+        return controller.open;
+      },
+      route: (way) => controller.route(way),
+      moveTo: (open) => controller.moveTo(open),
+    };
+    const mirror = new Mirror({ user, registry, reactor, target: 'larger', bytesPerSecond: 0 });
+    disk.until(() => mirror.info.state === 'ready', 'the mirror');
+    expect((await queue.write(16, Buffer.alloc(512, 8))).status).toBe(Status.ok);
+    startTask(
+      mirror.prepare(),
+      () => mirror.commitPivot(),
+      (error) => expect.unreachable(String(error)),
+    );
+    disk.until(() => mirror.info.state === 'pivoted', 'the pivot');
+    expect(channel.received()).toEqual(ASKING);
+    channel.answer();
+    expect((await frontend.blkConfig()).capacitySectors).toBe(2 * SECTORS);
+    expect(controller.info().bdev).toBe('larger');
+    const journaled = disk.journal.entries.length;
+    expect((await queue.read(8, 512)).data).toEqual(Buffer.alloc(512, 7));
+    expect((await queue.read(16, 512)).data).toEqual(Buffer.alloc(512, 8));
+    expect((await queue.write(2 * SECTORS - 1, Buffer.alloc(512, 9))).status).toBe(Status.ok);
+    // The disk before is asked for nothing any more.
+    expect(disk.journal.entries.length).toBe(journaled);
+    registry.get('larger')!.size.resize(3 * DISK_BYTES);
+    expect(channel.received()).toEqual(ASKING);
+    expect(await frontend.askU64(MessageId.getFeatures)).toBe(features);
   });
 });
