@@ -98,9 +98,11 @@ describe('strata img convert --resume', () => {
     utimesSync(qemu.path('disk.raw'), mtime, new Date(mtime.getTime() + 1000));
     expect(refused(...args, 'disk.raw', 'out')).toContain('disk.raw is not what it was');
     const note = readFileSync(qemu.path(NOTE), 'utf8');
-    writeFileSync(qemu.path(NOTE), note.slice(0, 100));
-    expect(refused(...args, 'disk.raw', 'out')).toContain('damaged');
-    for (const more of [['-W'], ['-o', 'preallocation=full']]) {
+    for (const damaged of [note.slice(0, 100), '{}', note.replace(/"offset":\d+/, '"offset":0')]) {
+      writeFileSync(qemu.path(NOTE), damaged);
+      expect(refused(...args, 'disk.raw', 'out')).toContain('damaged');
+    }
+    for (const more of [['-W'], ['--bitmaps'], ['-o', 'preallocation=full']]) {
       expect(refused(...args, ...more, 'disk.raw', 'new')).toContain('--resume');
     }
     // Without --resume it is made anew, and the note is gone.

@@ -132,6 +132,9 @@ function refuseContradictions(command: ConvertCommand): void {
   if (isSet('skipBrokenBitmaps') && command.bitmaps !== true) {
     refuse('--skip-broken-bitmaps', 'Use of --skip-broken-bitmaps requires --bitmaps');
   }
+  if (command.resume === true && command.bitmaps === true) {
+    refuse('--resume', '--resume knows nothing of bitmaps: `bitmap --merge` copies them afterwards');
+  }
   if (isSet('copyOffload') && command.sparse !== undefined) {
     refuse('-C', 'Cannot enable copy offloading when -S is used');
   }

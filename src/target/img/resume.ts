@@ -7,6 +7,7 @@
  *     output    device and inode of the output
  *     offset    of the disk: all that is before it is in the output
  *     state     of the output's tables, deflated, in base64: see `ImageWriter.save`
+ *     digest    SHA-256 of offset and state
  *
  * Invariants
  * - What it says is on the disk before it is: the output is synced, then the file is written beside, synced and renamed.
@@ -24,6 +25,7 @@ import {
   statSync,
   writeSync,
 } from 'node:fs';
+import { createHash } from 'node:crypto';
 import { dirname } from 'node:path';
 import { deflateSync, inflateSync } from 'node:zlib';
 import { BdevError } from '../../bdev/bdev.js';
@@ -47,6 +49,7 @@ interface Contents {
   readonly output: string;
   readonly offset: number;
   readonly state: string;
+  readonly digest: string;
 }
 
 /** @param options of the output. Throws BdevError for a source that has no identity. */
@@ -97,12 +100,14 @@ export class ResumePoint {
 
   /** The output holds all before the offset, and is synced. Throws BdevError. */
   save(offset: number, state: Buffer): void {
+    const text = deflateSync(state, { level: 1 }).toString('base64');
     const contents: Contents = {
       version: VERSION,
       source: this.#source,
       output: identityOfFile(this.#target)!,
       offset,
-      state: deflateSync(state, { level: 1 }).toString('base64'),
+      state: text,
+      digest: digestOf(offset, text),
     };
     const beside = `${this.path}.new`;
     try {
@@ -152,11 +157,16 @@ function read(path: string): Contents | null {
   }
   try {
     const contents = JSON.parse(text) as Contents;
-    if (contents.version === VERSION && Number.isSafeInteger(contents.offset)) return contents;
+    const { version, offset, state, digest } = contents;
+    if (version === VERSION && digest === digestOf(offset, state)) return contents;
   } catch {
     // As for another version.
   }
   throw new BdevError('no-resume', '--resume', `${path} is of another version, or damaged`, 'remove it to begin anew');
+}
+
+function digestOf(offset: number, state: string): string {
+  return createHash('sha256').update(`${offset} ${state}`).digest('hex');
 }
 
 function differenceOf(before: Identity, now: Identity): string | null {
