@@ -57,13 +57,29 @@ Napi::Value Write(const Napi::CallbackInfo& info) {
   return Outcome(info, pwrite(Int(info, 0), Pointer(info, 1), Size(info, 2), static_cast<off_t>(Number(info, 3))));
 }
 
-// Advisory whole-file lock of the open file description (OFD), exclusive or shared; fails at once when it is taken.
-Napi::Value Lock(const Napi::CallbackInfo& info) {
+// A range of bytes that an advisory lock is about; length 0 reaches to the end.
+struct flock LockRange(short type, const Napi::Value& start, const Napi::Value& length) {
   struct flock lock;
   std::memset(&lock, 0, sizeof lock);
-  lock.l_type = Int(info, 1) != 0 ? F_WRLCK : F_RDLCK;
+  lock.l_type = type;
   lock.l_whence = SEEK_SET;
+  lock.l_start = static_cast<off_t>(start.As<Napi::Number>().Int64Value());
+  lock.l_len = static_cast<off_t>(length.As<Napi::Number>().Int64Value());
+  return lock;
+}
+
+// fileLock(fd, kind, start, length): 0 shared, 1 exclusive, 2 none, of the open file description; fails at once when it is taken.
+Napi::Value Lock(const Napi::CallbackInfo& info) {
+  constexpr short kinds[] = {F_RDLCK, F_WRLCK, F_UNLCK};
+  struct flock lock = LockRange(kinds[Int(info, 1) % 3], info[2], info[3]);
   return Outcome(info, fcntl(Int(info, 0), F_OFD_SETLK, &lock));
+}
+
+// fileLockTest(fd, start, length) -> 1 when another open file description holds a lock there, else 0.
+Napi::Value LockTest(const Napi::CallbackInfo& info) {
+  struct flock lock = LockRange(F_WRLCK, info[1], info[2]);
+  int outcome = fcntl(Int(info, 0), F_OFD_GETLK, &lock);
+  return Outcome(info, outcome != 0 ? outcome : lock.l_type != F_UNLCK);
 }
 
 Napi::Value FileFlags(const Napi::CallbackInfo& info) { return Outcome(info, fcntl(Int(info, 0), F_GETFL)); }
@@ -151,6 +167,7 @@ void InitFile(Napi::Env env, Napi::Object exports) {
   Export<Read>(env, exports, "fileRead");
   Export<Write>(env, exports, "fileWrite");
   Export<Lock>(env, exports, "fileLock");
+  Export<LockTest>(env, exports, "fileLockTest");
   Export<FileFlags>(env, exports, "fileFlags");
   Export<Stat>(env, exports, "fileStat");
   Export<Eventfd>(env, exports, "eventfdCreate");

@@ -122,8 +122,10 @@ export interface Native {
   fileSeek(fd: number, offset: number, whence: number): number;
   fileRead(fd: number, address: number, length: number, offset: number): number;
   fileWrite(fd: number, address: number, length: number, offset: number): number;
-  /** Takes an open-file-description lock on the whole file without waiting. @param exclusive 1 or 0 */
-  fileLock(fd: number, exclusive: number): number;
+  /** Takes or gives back an open-file-description lock without waiting. @param kind 0 shared, 1 exclusive, 2 none; length 0 is to the end */
+  fileLock(fd: number, kind: number, start: number, length: number): number;
+  /** @returns 1 when another open file holds a lock on some of these bytes, else 0 */
+  fileLockTest(fd: number, start: number, length: number): number;
   /** F_GETFL. */
   fileFlags(fd: number): number;
   fileStat(fd: number): FileFacts | number;
@@ -258,6 +260,7 @@ export const EINTR = 4;
 export const EIO = 5;
 export const ENXIO = 6;
 export const EAGAIN = 11;
+export const EACCES = 13;
 export const ENOMEM = 12;
 export const EBUSY = 16;
 export const EINVAL = 22;

@@ -169,8 +169,8 @@ describe('a lock', () => {
   const lockedTwice = (first: 0 | 1, second: 0 | 1): number =>
     withFile('locked', (one) =>
       withFile('locked', (two) => {
-        expect(native.fileLock(one, first)).toBe(0);
-        return native.fileLock(two, second);
+        expect(native.fileLock(one, first, 0, 0)).toBe(0);
+        return native.fileLock(two, second, 0, 0);
       }),
     );
 
@@ -184,17 +184,32 @@ describe('a lock', () => {
     expect(lockedTwice(0, 0)).toBe(0);
   });
 
+  it('is about some bytes only, and can be looked for', () => {
+    withFile('locked', (one) =>
+      withFile('locked', (two) => {
+        expect(native.fileLock(one, 0, 100, 2)).toBe(0);
+        expect(native.fileLock(two, 1, 0, 100)).toBe(0);
+        expect(native.fileLock(two, 0, 101, 1)).toBe(0);
+        expect(native.fileLock(two, 1, 101, 0)).toBeLessThan(0);
+        expect([99, 100, 101, 102].map((at) => native.fileLockTest(two, at, 1))).toEqual([0, 1, 1, 0]);
+        expect(native.fileLock(one, 2, 0, 0)).toBe(0);
+        expect(native.fileLockTest(two, 0, 0)).toBe(0);
+        expect(native.fileLockTest(one, 0, 0)).toBe(1);
+      }),
+    );
+  });
+
   it('ends with the last descriptor of the one who opened the file, not with any other', () => {
     withFile('locked', (other) => {
       withFile('locked', (owner) => {
-        expect(native.fileLock(owner, 1)).toBe(0);
+        expect(native.fileLock(owner, 1, 0, 0)).toBe(0);
         const copy = check(native.fileDuplicate(owner), 'duplicate');
         // Classic POSIX locks would be lost here.
         withFile('locked', () => undefined);
         native.fileClose(copy);
-        expect(native.fileLock(other, 1)).toBeLessThan(0);
+        expect(native.fileLock(other, 1, 0, 0)).toBeLessThan(0);
       });
-      expect(native.fileLock(other, 1)).toBe(0);
+      expect(native.fileLock(other, 1, 0, 0)).toBe(0);
     });
   });
 });

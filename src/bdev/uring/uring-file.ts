@@ -4,8 +4,6 @@
  */
 import { readFileSync, statSync } from 'node:fs';
 import {
-  EAGAIN,
-  EBUSY,
   EINVAL,
   FALLOC_FL_KEEP_SIZE,
   FALLOC_FL_PUNCH_HOLE,
@@ -22,6 +20,7 @@ import {
 import type { Arena, FileFacts } from '../../../native/index.js';
 import type { BdevConfig, UseGuard } from '../bdev.js';
 import { BdevError } from '../bdev.js';
+import { lockFile } from './file-lock.js';
 
 export interface UringConfig extends BdevConfig {
   readonly module: 'uring';
@@ -45,7 +44,6 @@ export interface UringConfig extends BdevConfig {
   readonly lock: boolean | 'running';
 }
 
-const EACCES = 13;
 const LOCK_TRIES = 200;
 const LOCK_PAUSE_MS = 10;
 
@@ -202,7 +200,7 @@ function noDirect(path: string): BdevError {
  */
 function takeLock(fd: number, config: UringConfig): void {
   const pause = new Int32Array(new SharedArrayBuffer(4));
-  for (let tries = 1; !tryLock(fd, config); tries++) {
+  for (let tries = 1; !lockFile(fd, config.path, !config.readOnly); tries++) {
     if (tries === LOCK_TRIES) {
       throw new BdevError(
         'locked',
@@ -213,14 +211,6 @@ function takeLock(fd: number, config: UringConfig): void {
     }
     Atomics.wait(pause, 0, 0, LOCK_PAUSE_MS);
   }
-}
-
-/** @returns false when somebody else holds it. Throws SystemError. */
-function tryLock(fd: number, { path, readOnly }: UringConfig): boolean {
-  const outcome = native.fileLock(fd, readOnly ? 0 : 1);
-  if (outcome === -EAGAIN || outcome === -EBUSY || outcome === -EACCES) return false;
-  check(outcome, `lock ${path}`);
-  return true;
 }
 
 /**
@@ -244,7 +234,7 @@ export class RunningLock implements UseGuard {
     const fd = native.fileOpen(`/proc/self/fd/${this.#file.fd}`, readOnly ? O_RDONLY : O_RDWR, 0);
     try {
       check(fd, `open ${path} to lock it`);
-      if (!tryLock(fd, this.#config)) {
+      if (!lockFile(fd, path, !readOnly)) {
         native.fileClose(fd);
         return `${path} is in use by another process`;
       }

@@ -5,11 +5,12 @@
  * Invariant: a file that is open for writing is locked against the daemon and QEMU, unless locking was turned off.
  */
 import { closeSync, constants, fdatasyncSync, fstatSync, ftruncateSync, openSync, readSync, writeSync } from 'node:fs';
-import { EAGAIN, EBUSY, FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, O_RDONLY, native } from '../../../native/index.js';
+import { FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, O_RDONLY, native } from '../../../native/index.js';
 import { BdevError } from '../../bdev/bdev.js';
 import type { ImageFile } from '../../bdev/qcow2/image-file.js';
 import { completeTask } from '../../bdev/qcow2/task.js';
 import type { Task } from '../../bdev/qcow2/task.js';
+import { lockFile } from '../../bdev/uring/file-lock.js';
 
 /** Runs a task over files of this kind. Throws what it throws. */
 export function runTask<T>(task: Task<T>): T {
@@ -167,8 +168,7 @@ function deviceBytes(fd: number, path: string): number {
 }
 
 function takeLock(fd: number, path: string, mode: NodeFileOptions['mode']): void {
-  const outcome = native.fileLock(fd, mode === 'read' ? 0 : 1);
-  if (outcome !== -EAGAIN && outcome !== -EBUSY) return;
+  if (lockFile(fd, path, mode !== 'read')) return;
   throw new BdevError(
     'locked',
     'filename',
