@@ -7,6 +7,7 @@ import { basename, dirname, join, relative } from 'node:path';
 import { O_DIRECTORY, O_RDONLY, O_RDWR, SystemError, check, checkObject, native } from '../../../native/index.js';
 import { BdevError } from '../bdev.js';
 import type { Bdev, BdevConfig, BdevContext, IoChannel } from '../bdev.js';
+import { changeLock } from '../file-lock.js';
 import { ChannelFile } from './channel-file.js';
 import type { Layer } from './engine.js';
 import { hasExternalData } from './format.js';
@@ -67,25 +68,27 @@ export class FileLock {
   constructor(fd: number, path: string) {
     this.#fd = fd;
     this.#path = path;
-    this.#take(0);
+    this.share();
   }
 
   /** Nobody else may have it open. Throws BdevError. */
   own(): void {
-    this.#take(1);
+    if (changeLock(this.#fd, this.#path, true)) return;
+    this.share();
+    throw this.#inUse();
   }
 
+  /** Throws BdevError. */
   share(): void {
-    this.#take(0);
+    if (!changeLock(this.#fd, this.#path, false)) throw this.#inUse();
   }
 
   close(): void {
     native.fileClose(this.#fd);
   }
 
-  #take(exclusive: 0 | 1): void {
-    if (native.fileLock(this.#fd, exclusive) === 0) return;
-    throw new BdevError(
+  #inUse(): BdevError {
+    return new BdevError(
       'locked',
       'name',
       `${this.#path} is in use by another disk or process, which relies on what it holds`,

@@ -20,7 +20,7 @@ import {
 import type { Arena, FileFacts } from '../../../native/index.js';
 import type { BdevConfig, UseGuard } from '../bdev.js';
 import { BdevError } from '../bdev.js';
-import { lockFile } from './file-lock.js';
+import { lockFile } from '../file-lock.js';
 
 export interface UringConfig extends BdevConfig {
   readonly module: 'uring';

@@ -10,7 +10,7 @@ import { BdevError } from '../../bdev/bdev.js';
 import type { ImageFile } from '../../bdev/qcow2/image-file.js';
 import { completeTask } from '../../bdev/qcow2/task.js';
 import type { Task } from '../../bdev/qcow2/task.js';
-import { lockFile } from '../../bdev/uring/file-lock.js';
+import { lockFile } from '../../bdev/file-lock.js';
 
 /** Runs a task over files of this kind. Throws what it throws. */
 export function runTask<T>(task: Task<T>): T {

@@ -42,7 +42,7 @@ export class StateFolder {
   static open(path: string): StateFolder {
     mkdirSync(path, { recursive: true, mode: 0o700 });
     const lockFd = openSync(join(path, 'lock'), 'a', 0o600);
-    if (native.fileLock(lockFd, 1) < 0) {
+    if (native.fileLock(lockFd, 1, 0, 0) < 0) {
       closeSync(lockFd);
       throw new Error(`${path} is in use by another daemon`);
     }

@@ -191,7 +191,11 @@ describe('snapshots', () => {
     ['refcount_bits=1', 0],
     ['refcount_bits=2', 2],
   ])('are refused when a refcount of %s cannot hold one more, and nothing is written', (options, possible) => {
-    const file = new RecordingFile(newImage(options, 1024 * 1024, 6));
+    const path = folder.of('narrow');
+    qemuImg('create', '-q', '-f', 'qcow2', '-o', options, path, '1M');
+    // Nothing compressed: of those several share a cluster.
+    qemuIo(path, 'write 0 200k', 'write -z 300k 100k');
+    const file = new RecordingFile(folder.read('narrow'));
     for (let i = 0; i < possible; i++) runTask(createSnapshot(file, { name: `s${i}`, ...TIME }));
     const { writes } = file;
     expect(() => runTask(createSnapshot(file, { name: 'one more', ...TIME }))).toThrow(/cannot have \d users/);

@@ -10,7 +10,7 @@
  * `qemu-img -U`, which relies on nothing, may look at a disk in use. These are locks of the open file description (fcntl(2)): they end
  * with it.
  */
-import { EACCES, EAGAIN, EBUSY, check, native } from '../../../native/index.js';
+import { EACCES, EAGAIN, EBUSY, check, native } from '../../native/index.js';
 
 const DOES = 100;
 const RELIES = 200;
@@ -29,19 +29,28 @@ const FREE = 2;
  * @returns false when somebody else has the file. Throws SystemError
  */
 export function lockFile(fd: number, path: string, isWriter: boolean): boolean {
-  const does = isWriter ? [READ, WRITE, RESIZE] : [READ];
-  const relies = [WRITE, RESIZE];
-  const kind = isWriter ? EXCLUSIVE : SHARED;
-  const isOurs =
-    take(fd, path, kind, 0, DOES) &&
-    take(fd, path, kind, REST, 0) &&
-    does.every((what) => take(fd, path, SHARED, DOES + what, 1)) &&
-    relies.every((what) => take(fd, path, SHARED, RELIES + what, 1)) &&
-    does.every((what) => isFree(fd, path, RELIES + what)) &&
-    relies.every((what) => isFree(fd, path, DOES + what));
+  const isOurs = changeLock(fd, path, isWriter);
   // What was taken before somebody was found would keep others out.
   if (!isOurs) take(fd, path, FREE, 0, 0);
   return isOurs;
+}
+
+/**
+ * The same for a file that is locked already: a reader's lock becomes a writer's, or the other way round, and is never let go of on
+ * the way. When it returns false the lock may be anything between the two: a reader's can always be had again.
+ */
+export function changeLock(fd: number, path: string, isWriter: boolean): boolean {
+  const does = isWriter ? [READ, WRITE, RESIZE] : [READ];
+  const relies = [WRITE, RESIZE];
+  const kind = isWriter ? EXCLUSIVE : SHARED;
+  return (
+    take(fd, path, kind, 0, DOES) &&
+    take(fd, path, kind, REST, 0) &&
+    [READ, WRITE, RESIZE].every((what) => take(fd, path, does.includes(what) ? SHARED : FREE, DOES + what, 1)) &&
+    relies.every((what) => take(fd, path, SHARED, RELIES + what, 1)) &&
+    does.every((what) => isFree(fd, path, RELIES + what)) &&
+    relies.every((what) => isFree(fd, path, DOES + what))
+  );
 }
 
 /** @param length 0: to the end, wherever that is */
