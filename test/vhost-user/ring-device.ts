@@ -90,7 +90,12 @@ export class RingDevice {
     this.journal = new JournalChannel(this.#open.channel);
     const { serial = 'serial', readOnly = false } = options;
     const blkOptions = { serial, readOnly, queues: 1, writeCache: true };
-    const open = { bdev: this.#open.bdev, channel: this.journal, isIdle: () => this.#open.isIdle(), close: () => undefined };
+    const open = {
+      bdev: this.#open.bdev,
+      channel: this.journal,
+      isIdle: () => this.#open.isIdle(),
+      close: () => undefined,
+    };
     this.device = new BlkDevice(open, blkOptions, newControllerStats());
     this.device.acknowledge(this.device.offeredLo, FeatureHi.version1);
     const taker = { poll: () => this.queue.poll() };
