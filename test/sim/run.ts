@@ -36,7 +36,7 @@ const SEED_MAX = 0x7fffffff;
 const INTERRUPTED = 130;
 const PROGRESS_MS = 500;
 /** A bug that is not found in so many seeds is not found. */
-const MUTATION_SEEDS_MAX = 300;
+const MUTATION_SEEDS_MAX = 1500;
 /** Failures reported in full. */
 const REPORTS_MAX = 3;
 /** After so many failures there is no point in going on. */
