@@ -10,7 +10,7 @@ import type { CheckReport } from '../../src/bdev/qcow2/check.js';
 import type { ImageFile } from '../../src/bdev/qcow2/image-file.js';
 import { cipherSpec } from '../../src/bdev/qcow2/luks/sector-cipher.js';
 import type { Qcow2Config } from '../../src/bdev/qcow2/qcow2.js';
-import { completeTask } from '../../src/bdev/qcow2/task.js';
+import { completeTask } from '../../src/bdev/task.js';
 import { qcow2On } from '../bdev/stacks.js';
 import { Violation } from '../sim/oracle.js';
 import { SECTOR_BYTES } from '../sim/sim-disk.js';

@@ -5,7 +5,7 @@ import type { SeededRandom } from '../../src/poller/clock.js';
 import { CREATE_DEFAULTS, createImage } from '../../src/bdev/qcow2/create.js';
 import type { CreateOptions } from '../../src/bdev/qcow2/create.js';
 import { createSnapshot } from '../../src/bdev/qcow2/edit/snapshots.js';
-import { completeTask } from '../../src/bdev/qcow2/task.js';
+import { completeTask } from '../../src/bdev/task.js';
 import { LUKS_HEADER } from '../harness/qcow2.js';
 import { RecordingFile } from '../bdev/qcow2/recording-file.js';
 

@@ -20,8 +20,8 @@ import type { Qcow2Image } from './image.js';
 import { refcountAt, setRefcount } from './refcounts.js';
 import { SliceCache } from './slice-cache.js';
 import { SliceLoader } from './slice-loader.js';
-import { startTask } from './task.js';
-import type { Task } from './task.js';
+import { startTask } from '../task.js';
+import type { Task } from '../task.js';
 import { WaitList, sleep } from './wait-list.js';
 import type { Sleeper } from './wait-list.js';
 

@@ -10,13 +10,13 @@ import { BdevError } from '../bdev.js';
 import type { OpenBdev } from '../bdev.js';
 import { IoFlag, IoType } from '../bdev-io.js';
 import type { Job } from '../job.js';
-import { TaskIo } from './channel-file.js';
+import { TaskIo } from '../task-io.js';
 import { BitmapBits } from './edit/bitmap-bits.js';
 import { createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
 import type { NewSnapshot } from './edit/snapshots.js';
 import type { LiveImage } from './operations.js';
 import { SnapshotReader } from './snapshot-reader.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 const STEP_BYTES = 2 ** 20;
 const READER_MEMORY = { l2CacheBytes: 2 ** 22, clusterCacheBytes: 2 ** 22 };

@@ -14,7 +14,7 @@ import { hasExternalData } from './format.js';
 import type { Qcow2Header } from './format.js';
 import { badImage, unsupportedImage } from './image-error.js';
 import { Qcow2Image, readHeader } from './image.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 /** Images one behind the other: as many as any tool makes, and a bound for those that go in a circle. */
 export const CHAIN_MAX = 256;

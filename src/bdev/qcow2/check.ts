@@ -25,7 +25,7 @@ import {
 } from './format.js';
 import type { Qcow2Header } from './format.js';
 import type { ImageFile } from './image-file.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 export type { CheckReport, Finding, FindingKind } from './check/report.js';
 

@@ -29,7 +29,7 @@ import {
 } from './format.js';
 import type { Qcow2Header } from './format.js';
 import type { ImageFile } from './image-file.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 const BUFFER_BYTES = 2 ** 20;
 const COPIED = 0x80000000;

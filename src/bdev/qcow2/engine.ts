@@ -31,8 +31,8 @@ import { JobKind, Piece, RequestJob } from './request-job.js';
 import { RecordKind } from './restart-log.js';
 import type { RestartLog } from './restart-log.js';
 import { newCopyEntries } from './segments.js';
-import { nextStep, startTask } from './task.js';
-import type { Task } from './task.js';
+import { nextStep, startTask } from '../task.js';
+import type { Task } from '../task.js';
 import { WaitList, sleep } from './wait-list.js';
 import type { Sleeper } from './wait-list.js';
 

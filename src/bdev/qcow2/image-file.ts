@@ -1,5 +1,5 @@
 /** The file that holds an image, as the code that works on metadata sees it. */
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 export interface ImageFile {
   /** In whole blocks where the file is a device or is read past the page cache. */

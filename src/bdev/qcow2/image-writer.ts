@@ -26,7 +26,7 @@ import {
   writeUInt64,
 } from './format.js';
 import type { ImageFile } from './image-file.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 const SECTOR_BYTES = 512;
 const STAGE_BYTES_MIN = 2 ** 20;

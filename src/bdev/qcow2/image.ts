@@ -20,7 +20,7 @@ import { SliceCache } from './slice-cache.js';
 import { SliceLoader } from './slice-loader.js';
 import { decodeBitmaps, decodeSnapshots } from './tables.js';
 import type { Bitmap, Snapshot } from './tables.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 import type { Sleeper } from './wait-list.js';
 
 const FIRST_READ_BYTES = 4096;

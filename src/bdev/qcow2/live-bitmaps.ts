@@ -14,7 +14,7 @@ import type { Qcow2Header } from './format.js';
 import type { ImageFile } from './image-file.js';
 import { BitmapFlag } from './tables.js';
 import type { Bitmap } from './tables.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 export class LiveBitmaps {
   readonly #bits: Map<string, BitmapBits>;

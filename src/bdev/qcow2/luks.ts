@@ -29,7 +29,7 @@ import {
 import type { LuksHeader, LuksKeySlot } from './luks/luks-format.js';
 import { cipherSpec, cryptMaterial, digestBytes } from './luks/sector-cipher.js';
 import type { CipherSpec } from './luks/sector-cipher.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 /** Where the LUKS header is in the file. */
 export type LuksPlace = NonNullable<Qcow2Header['luksHeader']>;

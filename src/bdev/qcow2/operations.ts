@@ -9,7 +9,7 @@ import { IoType } from '../bdev-io.js';
 import { Job } from '../job.js';
 import { Backup } from './backup.js';
 import type { Below } from './chain.js';
-import { TaskIo } from './channel-file.js';
+import { TaskIo } from '../task-io.js';
 import { addBitmap, clearBitmap, removeBitmap } from './edit/bitmaps.js';
 import { changeBackingFile } from './edit/header.js';
 import { applySnapshot, createSnapshot, deleteSnapshot, findSnapshot } from './edit/snapshots.js';
@@ -20,8 +20,8 @@ import type { Qcow2Image } from './image.js';
 import { OverlayCommit } from './overlay-commit.js';
 import { BitmapFlag } from './tables.js';
 import type { Bitmap, Snapshot } from './tables.js';
-import { runOnReactor, startTask } from './task.js';
-import type { Task } from './task.js';
+import { runOnReactor, startTask } from '../task.js';
+import type { Task } from '../task.js';
 import type { WritableBase } from './writable-base.js';
 
 /** Copied by one step of a stream: whole clusters of any size. */

@@ -14,11 +14,11 @@ import { BdevError } from '../bdev.js';
 import { IoFlag, IoType } from '../bdev-io.js';
 import type { Job } from '../job.js';
 import type { Below } from './chain.js';
-import { TaskIo } from './channel-file.js';
+import { TaskIo } from '../task-io.js';
 
 import { Extent, Mapped } from './l2.js';
 import type { LiveImage } from './operations.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 import { sleep } from './wait-list.js';
 import type { WritableBase } from './writable-base.js';
 

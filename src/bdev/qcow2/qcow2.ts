@@ -30,8 +30,8 @@ import { newSnapshotBdev, servedSource } from './snapshot-bdev.js';
 import type { KeptSnapshot, SnapshotSource } from './snapshot-bdev.js';
 import { SnapshotReader } from './snapshot-reader.js';
 import type { ReaderMemory } from './snapshot-reader.js';
-import { completeTask, runOnReactor } from './task.js';
-import type { Task } from './task.js';
+import { completeTask, runOnReactor } from '../task.js';
+import type { Task } from '../task.js';
 import { openBaseFile, openNamedBase } from './writable-base.js';
 import type { WritableBase } from './writable-base.js';
 

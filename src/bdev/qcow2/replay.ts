@@ -9,7 +9,7 @@ import type { Dropped } from './l2.js';
 import { ENTRY_COMPRESSED, entryProblem, hostOf, readHosts, swap32 } from './l2.js';
 import { RecordKind } from './restart-log.js';
 import type { LogRecord, RestartLog } from './restart-log.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 import { sleep } from './wait-list.js';
 
 /**

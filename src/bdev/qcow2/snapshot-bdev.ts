@@ -11,8 +11,8 @@ import { unsupportedImage } from './image-error.js';
 import { describeSnapshot } from './operations.js';
 import type { Qcow2Config } from './qcow2.js';
 import type { ReaderMemory, SnapshotReader } from './snapshot-reader.js';
-import { completeTask } from './task.js';
-import type { Task } from './task.js';
+import { completeTask } from '../task.js';
+import type { Task } from '../task.js';
 
 /** A bdev that serves an image with snapshots. */
 export interface SnapshotSource extends Bdev {

@@ -9,7 +9,7 @@ import type { Reactor } from '../../poller/reactor.js';
 import { Engine } from './engine.js';
 import { Qcow2Image } from './image.js';
 import type { Snapshot } from './tables.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 /** The image that has the snapshot. */
 export interface SnapshotHolder {

@@ -1,5 +1,5 @@
 /** Waiting for something inside the engine, without allocation: whoever waits is a link of the list. */
-import type { Task, Wait, Waiter } from './task.js';
+import type { Task, Wait, Waiter } from '../task.js';
 
 /** Waits for at most one thing at a time. */
 export abstract class Sleeper {

@@ -12,7 +12,7 @@ import type { Bdev, IoChannel, OpenBdev } from '../bdev.js';
 import { IoType } from '../bdev-io.js';
 import { Below, openBackingFile } from './chain.js';
 import type { ChainOptions, WritableFile } from './chain.js';
-import { TaskIo } from './channel-file.js';
+import { TaskIo } from '../task-io.js';
 import { resizeImage } from './edit/resize.js';
 import type { BackingContent } from './edit/resize.js';
 import { Engine } from './engine.js';
@@ -21,7 +21,7 @@ import { Incompatible } from './format.js';
 import type { Qcow2Header } from './format.js';
 import { unsupportedImage } from './image-error.js';
 import { ServedImage } from './served-image.js';
-import type { Task } from './task.js';
+import type { Task } from '../task.js';
 
 /** Memory for decompressed clusters. */
 const CLUSTER_CACHE_BYTES = 2 ** 22;

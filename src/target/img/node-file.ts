@@ -8,8 +8,8 @@ import { closeSync, constants, fdatasyncSync, fstatSync, ftruncateSync, openSync
 import { FALLOC_FL_KEEP_SIZE, FALLOC_FL_PUNCH_HOLE, O_RDONLY, native } from '../../../native/index.js';
 import { BdevError } from '../../bdev/bdev.js';
 import type { ImageFile } from '../../bdev/qcow2/image-file.js';
-import { completeTask } from '../../bdev/qcow2/task.js';
-import type { Task } from '../../bdev/qcow2/task.js';
+import { completeTask } from '../../bdev/task.js';
+import type { Task } from '../../bdev/task.js';
 import { lockFile } from '../../bdev/file-lock.js';
 
 /** Runs a task over files of this kind. Throws what it throws. */

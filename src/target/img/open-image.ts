@@ -9,7 +9,7 @@ import { Autoclear, isQcow2, sessionOf } from '../../bdev/qcow2/format.js';
 import type { Qcow2Header } from '../../bdev/qcow2/format.js';
 import { SNAPSHOT_TABLE_BYTES_MAX, decodeBitmaps, decodeSnapshots } from '../../bdev/qcow2/tables.js';
 import type { Bitmap, Snapshot } from '../../bdev/qcow2/tables.js';
-import type { Task } from '../../bdev/qcow2/task.js';
+import type { Task } from '../../bdev/task.js';
 import { unlockLuks } from '../../bdev/qcow2/luks.js';
 import type { UnlockedLuks } from '../../bdev/qcow2/luks.js';
 import { inlineKeyWork } from '../../bdev/qcow2/luks/key-work.js';

@@ -9,7 +9,7 @@ import { BdevError } from '../../../src/bdev/bdev.js';
 import { checkImage } from '../../../src/bdev/qcow2/check.js';
 import type { CheckReport, Repair } from '../../../src/bdev/qcow2/check.js';
 import type { ImageFile } from '../../../src/bdev/qcow2/image-file.js';
-import type { Task } from '../../../src/bdev/qcow2/task.js';
+import type { Task } from '../../../src/bdev/task.js';
 import { NodeFile, runTask } from '../../../src/target/img/node-file.js';
 import { QemuImg } from '../../support/qemu-img.js';
 import { seed, seededRandom } from '../../support/seed.js';

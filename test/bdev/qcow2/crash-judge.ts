@@ -6,7 +6,7 @@ import { check } from './qemu-images.js';
 import type { ImageFolder } from './qemu-images.js';
 import { plainState } from './plain-reader.js';
 import { RecordingFile, runTask } from './recording-file.js';
-import type { Task } from '../../../src/bdev/qcow2/task.js';
+import type { Task } from '../../../src/bdev/task.js';
 
 export interface Judged {
   readonly before: Buffer;

@@ -17,7 +17,7 @@ import {
   storeBitmaps,
 } from '../../../src/bdev/qcow2/edit/bitmaps.js';
 import { createSnapshot } from '../../../src/bdev/qcow2/edit/snapshots.js';
-import type { Task } from '../../../src/bdev/qcow2/task.js';
+import type { Task } from '../../../src/bdev/task.js';
 import { seededRandom } from '../../support/seed.js';
 import { judgeCrashes } from './crash-judge.js';
 import { headerOf } from './plain-reader.js';

@@ -26,8 +26,8 @@ import {
   listSnapshots,
 } from '../../../src/bdev/qcow2/edit/snapshots.js';
 import type { ImageFile } from '../../../src/bdev/qcow2/image-file.js';
-import { completeTask } from '../../../src/bdev/qcow2/task.js';
-import type { Task } from '../../../src/bdev/qcow2/task.js';
+import { completeTask } from '../../../src/bdev/task.js';
+import type { Task } from '../../../src/bdev/task.js';
 import type { UringConfig } from '../../../src/bdev/uring/uring.js';
 import { Rig } from '../../support/rig.js';
 import { seed, seededRandom } from '../../support/seed.js';

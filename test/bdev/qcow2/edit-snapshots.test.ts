@@ -15,7 +15,7 @@ import {
 import { addBitmap } from '../../../src/bdev/qcow2/edit/bitmaps.js';
 import { seededRandom } from '../../support/seed.js';
 import { imageEnd } from '../../../src/bdev/qcow2/edit/image-edit.js';
-import type { Task } from '../../../src/bdev/qcow2/task.js';
+import type { Task } from '../../../src/bdev/task.js';
 import { NodeFile } from '../../../src/target/img/node-file.js';
 import { judgeCrashes } from './crash-judge.js';
 import { headerOf, readDisk } from './plain-reader.js';

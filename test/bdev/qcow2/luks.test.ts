@@ -38,7 +38,7 @@ import {
   encodeLuksHeader,
 } from '../../../src/bdev/qcow2/luks/luks-format.js';
 import { LEGACY_AES, SectorCipher, cipherSpec, legacyKey } from '../../../src/bdev/qcow2/luks/sector-cipher.js';
-import { startTask } from '../../../src/bdev/qcow2/task.js';
+import { startTask } from '../../../src/bdev/task.js';
 import { SystemClock } from '../../../src/poller/clock.js';
 import { NodeFile, runTask } from '../../../src/target/img/node-file.js';
 import { expectBytes } from '../../support/bytes.js';

@@ -1,7 +1,7 @@
 /** An image's file in memory that writes down what is done to it, and the files that a loss of power could leave. */
 import { createHash } from 'node:crypto';
-import { completeTask } from '../../../src/bdev/qcow2/task.js';
-import type { Task } from '../../../src/bdev/qcow2/task.js';
+import { completeTask } from '../../../src/bdev/task.js';
+import type { Task } from '../../../src/bdev/task.js';
 import type { ImageFile } from '../../../src/bdev/qcow2/image-file.js';
 import type { Random } from '../../../src/poller/clock.js';
 

@@ -5,7 +5,7 @@
  * Invariant: a table is only written to when nothing else uses its cluster.
  */
 import { clusterBytesOf, hasExtendedL2, hasExternalData, l2EntryBytes } from '../format.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { ClusterFlag, hex, offsetOf, swap } from './image-references.js';
 import type { ImageReferences } from './image-references.js';
 

@@ -9,7 +9,7 @@
 import { BdevError } from '../../bdev.js';
 import { readCounter, writeCounter } from '../counter-bits.js';
 import { REFCOUNT_TABLE_BYTES_MAX, refcountsPerBlock, writeUInt64 } from '../format.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import type { Repair } from '../check.js';
 import { ClusterFlag, hex, swap } from './image-references.js';
 import type { ImageReferences } from './image-references.js';

@@ -13,7 +13,7 @@ import { Autoclear, clusterBytesOf, hasExtendedL2, hasExternalData, l2EntryBytes
 import type { Qcow2Header } from '../format.js';
 import type { ImageFile } from '../image-file.js';
 import { decodeBitmaps } from '../tables.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { PagedCounters } from './paged-counters.js';
 import type { ReportBuilder } from './report.js';
 import { walkSnapshots } from './snapshots.js';

@@ -9,7 +9,7 @@ import { L1_BYTES_MAX, clusterBytesOf, hasExternalData, l1EntriesFor, writeUInt6
 import type { Qcow2Header } from '../format.js';
 import type { ImageFile } from '../image-file.js';
 import { SNAPSHOT_TABLE_BYTES_MAX } from '../tables.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import type { ImageReferences } from './image-references.js';
 import type { ReportBuilder } from './report.js';
 

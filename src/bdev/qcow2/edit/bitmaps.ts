@@ -17,7 +17,7 @@ import {
   encodeBitmaps,
 } from '../tables.js';
 import type { Bitmap } from '../tables.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { BitmapBits } from './bitmap-bits.js';
 import { entryOffset } from './entries.js';
 import { assertEditable, loadHeader } from './header.js';

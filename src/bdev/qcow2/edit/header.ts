@@ -28,7 +28,7 @@ import {
 import type { Qcow2Header } from '../format.js';
 import { unsupportedImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 
 const SECTOR_BYTES = 512;
 

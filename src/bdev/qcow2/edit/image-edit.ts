@@ -13,7 +13,7 @@ import { badImage, unsupportedImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
 import { SNAPSHOT_TABLE_BYTES_MAX, decodeBitmaps, decodeSnapshots } from '../tables.js';
 import type { Bitmap, Snapshot } from '../tables.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { ClusterRanges } from './cluster-ranges.js';
 import { entryOffset } from './entries.js';
 import { writeAt } from './file-access.js';

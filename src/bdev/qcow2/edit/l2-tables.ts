@@ -7,7 +7,7 @@
  */
 import { hasExternalData, l2EntryBytes } from '../format.js';
 import { badImage } from '../image-error.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import {
   compressedRange,
   entryOffset,

@@ -15,7 +15,7 @@ import { REFCOUNT_TABLE_BYTES_MAX, clusterBytesOf, refcountsPerBlock, writeUInt6
 import type { Qcow2Header } from '../format.js';
 import { badImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import type { ClusterRanges } from './cluster-ranges.js';
 import { writeAt } from './file-access.js';
 

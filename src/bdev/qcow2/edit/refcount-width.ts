@@ -9,7 +9,7 @@ import { REFCOUNT_TABLE_BYTES_MAX, clusterBytesOf, refcountsPerBlock, writeUInt6
 import type { Qcow2Header } from '../format.js';
 import { badImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { entryOffset } from './entries.js';
 import { assertEditable, commitHeader, loadHeader } from './header.js';
 

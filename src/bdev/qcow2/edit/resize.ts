@@ -19,7 +19,7 @@ import type { Qcow2Header } from '../format.js';
 import { unsupportedImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
 import type { Bitmap } from '../tables.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { freeBits, loadBits, placeBits, placeDirectory, trusted } from './bitmaps.js';
 import {
   entryOffset,

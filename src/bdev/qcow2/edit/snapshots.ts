@@ -11,7 +11,7 @@ import { unsupportedImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
 import { SNAPSHOT_TABLE_BYTES_MAX, encodeSnapshots } from '../tables.js';
 import type { Snapshot } from '../tables.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { loadHeader } from './header.js';
 import { ImageEdit, assertNoExternalData, loadL1, loadSnapshots } from './image-edit.js';
 import { countReferences, settleCopied } from './l2-tables.js';

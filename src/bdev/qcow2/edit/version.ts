@@ -4,7 +4,7 @@ import type { Qcow2Header } from '../format.js';
 import { unsupportedImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
 import { encodeSnapshots } from '../tables.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import { freeBits, placeDirectory } from './bitmaps.js';
 import { entryOffset, isCompressed, isZeroEntry, setCopied, writeEntry } from './entries.js';
 import { writeAt } from './file-access.js';

@@ -4,7 +4,7 @@
  */
 import { createHash, pbkdf2, pbkdf2Sync, randomBytes, randomFillSync } from 'node:crypto';
 import type { Clock } from '../../../poller/clock.js';
-import type { Task, Waiter } from '../task.js';
+import type { Task, Waiter } from '../../task.js';
 import { LUKS_ITERATIONS_MAX, LUKS_STRIPES } from './luks-format.js';
 
 /** QEMU's least. */

@@ -13,7 +13,7 @@ import { unsupportedImage } from '../image-error.js';
 import type { ImageFile } from '../image-file.js';
 import { unlockLuks } from '../luks.js';
 import type { UnlockedLuks } from '../luks.js';
-import type { Task } from '../task.js';
+import type { Task } from '../../task.js';
 import type { KeyWork } from './key-work.js';
 
 const FIELD = 'keyFile';

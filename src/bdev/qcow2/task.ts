@@ -1,2 +1,0 @@
-/** Tasks, which are not only the images': see src/bdev/task.ts. */
-export * from '../task.js';
