@@ -36,6 +36,7 @@ export interface BenchOptions {
   readonly restart: boolean;
   /** Some of the cases, or true: all. */
   readonly convert?: true | readonly ConvertCase[];
+  readonly check: boolean;
   readonly qcow2?: readonly Qcow2Case[];
 }
 
@@ -81,6 +82,7 @@ export function parseOptions(): BenchOptions {
       `measure how long images take to be converted instead: some of ${CONVERT_CASES.join(',')}`,
       someOf(CONVERT_CASES),
     )
+    .option('--check', 'measure how long a large image takes to be checked instead')
     .option('--qcow2 <cases>', `measure qcow2 images instead: some of ${QCOW2_CASES.join(',')}`, someOf(QCOW2_CASES))
     .parse();
   const given = program.opts<BenchOptions & { readonly quick?: boolean }>();

@@ -14,6 +14,7 @@ import { measureIdle, renderIdle } from './idle.js';
 import type { IdleResult } from './idle.js';
 import { measureInflight, renderInflight } from './inflight.js';
 import type { InflightResult } from './inflight.js';
+import { measureCheck } from './check.js';
 import { measureConvert } from './convert.js';
 import { measureQcow2 } from './qcow2.js';
 import { diskSpec, measureDisk, withDaemons } from './matrix.js';
@@ -45,7 +46,7 @@ function versions(options: BenchOptions): Record<string, string> {
 
 async function requirePrograms(options: BenchOptions): Promise<void> {
   requireStrata();
-  if (options.convert !== undefined) {
+  if (options.convert !== undefined || options.check) {
     requireProgram('qemu-img', 'qemu-utils');
     return;
   }
@@ -112,6 +113,20 @@ async function runConvert(directory: string, options: BenchOptions): Promise<voi
   console.log(measureConvert(directory, options));
 }
 
+async function runCheck(directory: string, options: BenchOptions): Promise<void> {
+  console.log(await measureCheck(directory, options));
+}
+
+/** What is asked for. */
+function measurementOf(options: BenchOptions): (directory: string, options: BenchOptions) => Promise<void> {
+  if (options.qcow2 !== undefined) return runQcow2;
+  if (options.convert !== undefined) return runConvert;
+  if (options.check) return runCheck;
+  if (options.restart) return runRestart;
+  if (options.idle) return runIdle;
+  return options.inflight ? runInflight : runMatrix;
+}
+
 async function main(): Promise<void> {
   const options = parseOptions();
   const directory = mkdtempSync(join(tmpdir(), 'strata-bench-'));
@@ -119,21 +134,9 @@ async function main(): Promise<void> {
   for (const signal of ['SIGINT', 'SIGTERM'] as const) process.on(signal, () => process.exit(INTERRUPTED));
   await requirePrograms(options);
   // A guest that waits leaves its core to the daemon; a conversion takes all there are.
-  if (!options.restart && options.convert === undefined)
+  if (!options.restart && !options.check && options.convert === undefined)
     check(native.threadSetAffinity(options.clientCore), `run on core ${options.clientCore}`);
-  const run =
-    options.qcow2 !== undefined
-      ? runQcow2
-      : options.convert !== undefined
-        ? runConvert
-        : options.restart
-          ? runRestart
-          : options.idle
-            ? runIdle
-            : options.inflight
-              ? runInflight
-              : runMatrix;
-  await run(directory, options);
+  await measurementOf(options)(directory, options);
 }
 
 main().catch((error: unknown) => {
