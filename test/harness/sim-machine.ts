@@ -19,8 +19,9 @@ import { Timeline } from '../sim/timeline.js';
 import { Trace } from '../sim/trace.js';
 import type { OpenDisk } from '../support/rig.js';
 import { limitedModule } from '../support/limited.js';
+import { logDiskModule } from '../support/log-disk.js';
 
-const knownModules = [...modules, limitedModule] as unknown as readonly BdevModule<BdevConfig>[];
+const knownModules = [...modules, limitedModule, logDiskModule] as unknown as readonly BdevModule<BdevConfig>[];
 const ARENA_BYTES = 2 ** 34;
 const LATENCY_US = 20;
 const STEP_US = 2;
@@ -147,6 +148,11 @@ export class SimLife {
       // A task may have kept it to itself.
       this.#dieWhenDue();
     }
+  }
+
+  /** One step of the reactor. */
+  step(): void {
+    this.#process.run(() => this.reactor.step());
   }
 
   /** Runs something that an operator asks of the process. Throws Died. */
