@@ -211,7 +211,8 @@ describe('the cluster cache', () => {
       return profiler.stop().statistics.length > 0 ? Infinity : grown / ROUND;
     };
     let least = Infinity;
-    for (let i = 0; i < 15 && least > 1; i++) least = Math.min(least, round());
+    // On a busy machine it takes a while until the code that was optimized is there.
+    for (let i = 0; i < 500 && least > 1; i++) least = Math.min(least, round());
     expect(least).toBeLessThan(1);
     cache.close();
   });
