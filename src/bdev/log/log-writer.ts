@@ -97,6 +97,7 @@ export class LogWriter implements IoOwner {
     this.#payloadMax = Math.min(RECORD_BLOCKS_MAX, superblock.segmentBlocks >> 2);
     this.#recordBlocks = recordHeaderBlocks(this.#payloadMax, this.#payloadMax) + this.#payloadMax;
     for (let i = 0; i < RECORDS; i++) this.#records.push(new LogRecord(reactor.arena, this.#payloadMax));
+    this.#records.forEach((record, i) => (record.io.tag = i));
     this.#free.push(...this.#records);
     for (let i = 0; i < OPEN_SEGMENTS; i++) {
       this.#memories.push(new FooterMemory(reactor.arena, superblock.segmentBlocks));
@@ -142,12 +143,6 @@ export class LogWriter implements IoOwner {
     return this.#free.pop() ?? null;
   }
 
-  /** Gives back a record that was not appended. */
-  giveBack(record: LogRecord): void {
-    record.clear();
-    this.#free.push(record);
-  }
-
   /** Puts a record at the end of the log; its owner is told. @param isDurable it is to be durable then */
   append(record: LogRecord, owner: RecordOwner, isDurable: boolean): void {
     const { reactor, superblock, channel } = this.#options;
@@ -182,12 +177,11 @@ export class LogWriter implements IoOwner {
     record.segment = segment;
     this.#pending[sequence % RECORDS] = record;
     const before = isFirst ? 1 : 0;
-    if (isFirst) record.segmentHeader.writeSegmentHeader({ ...this.#headerOf(segment) });
+    if (isFirst) record.segmentHeader.writeSegmentHeader(this.#headerOf(segment));
     const { io } = record;
     const lengthBytes = (before + blocks) * BLOCK_BYTES;
     io.prepare(IoType.write, (start - before) * BLOCK_BYTES, lengthBytes, isThrough ? IoFlag.fua : 0);
     io.addSegment(record.payload - (before + headerBlocks) * BLOCK_BYTES, lengthBytes);
-    io.tag = this.#records.indexOf(record);
     io.push(this, Step.record);
     channel.submit(io);
   }

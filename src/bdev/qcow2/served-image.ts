@@ -103,7 +103,7 @@ export class ServedImage {
     throw unsupportedImage('header.incompatible_features', 'says that it is dirty, and it cannot be repaired', REPAIR);
   }
 
-  /** Starts to answer requests, for now only reads. */
+  /** Starts to answer requests: reads, and writes from `beginWriting` on. */
   serve(
     layers: readonly Layer[],
     memory: { readonly clusterCacheBytes: number; readonly codecThreads: number },
